@@ -1,0 +1,50 @@
+# One environment in .venv, made on first use; every target below works on a fresh machine.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: setup demo test lint types tests docs wheel clean
+
+setup: $(READY)
+
+$(READY): setup.cfg pyproject.toml .ci/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint .ci/constraints.txt torch
+	$(PIP) install --quiet --constraint .ci/constraints.txt --editable '.[examples,docs,dev]'
+	touch $@
+
+# The whole pipeline on the embedded corpus; prints the table and where the report is.
+demo: $(READY)
+	$(BIN)/python -m examples.meld --synthetic --output runs/demo
+
+test: lint types tests docs wheel
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/sphinx-lint docs README.rst examples
+
+types: $(READY)
+	$(BIN)/mypy
+
+tests: $(READY)
+	$(BIN)/python -m pytest
+
+docs: $(READY)
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+	$(BIN)/sphinx-build -W -b doctest docs docs/_build/doctest
+
+# The wheel, in an environment of its own, with torch and einops alone.
+wheel: $(READY)
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv --clear dist/venv
+	dist/venv/bin/python -m pip --disable-pip-version-check install --quiet \
+	    --constraint .ci/constraints.txt dist/*.whl
+	cd dist && venv/bin/python ../tests/check_wheel.py
+
+clean:
+	rm -rf $(VENV) build dist docs/_build *.egg-info

@@ -1,0 +1,22 @@
+"""DIST loss, batch-similarity distillation and modality-shifting fusion for PyTorch."""
+
+from telme_kd import errors, functional, interop
+from telme_kd._dispatch import available_backends
+from telme_kd._version import __version__
+from telme_kd.batch_similarity import BatchSimilarityLoss
+from telme_kd.dist import DISTLoss
+from telme_kd.fusion import AttentionShiftingFusion, ShiftingFusion
+from telme_kd.student import StudentLoss
+
+__all__ = [
+    "AttentionShiftingFusion",
+    "BatchSimilarityLoss",
+    "DISTLoss",
+    "ShiftingFusion",
+    "StudentLoss",
+    "__version__",
+    "available_backends",
+    "errors",
+    "functional",
+    "interop",
+]

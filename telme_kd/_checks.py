@@ -1,0 +1,394 @@
+"""Every check of what users pass in; the only place that tells them of a mistake.
+
+Each message says which argument, what was expected, what came, and the remedy. Checks look at
+types, shapes, dtypes and devices, never at a tensor's values: nothing here makes a GPU wait.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from telme_kd._typing import AttendOver, Backend
+from telme_kd.errors import (
+    BackendError,
+    DegenerateBatchWarning,
+    DeviceError,
+    DTypeError,
+    RangeError,
+    ShapeError,
+)
+
+
+def matrix_pair(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    what: str,
+    mask: Tensor | None,
+    axis: int = -1,
+    remedy: str,
+) -> None:
+    """Check a student tensor, its teacher's, and the mask over their batch axes.
+
+    Args:
+        student: with at least two axes, one of which (``axis``) is no batch axis.
+        teacher: of the same shape and device.
+        what: ``"logits"`` or ``"features"``; the arguments' names are built with it.
+        mask: bool, over the batch axes, or None.
+        axis: the axis that is no batch axis.
+        remedy: what to do if the shapes differ.
+    """
+    for name, value in ((f"student_{what}", student), (f"teacher_{what}", teacher)):
+        floating(name, value)
+        if value.ndim < 2:
+            raise ShapeError(
+                f"{name}: expected at least 2 axes, a batch and its {what}, got shape "
+                f"{tuple(value.shape)}; for a single item use .unsqueeze(0)"
+            )
+    if student.shape != teacher.shape:
+        raise ShapeError(
+            f"teacher_{what}: expected {tuple(student.shape)} to match student_{what}, "
+            f"got {tuple(teacher.shape)}; {remedy}"
+        )
+    same_device(f"teacher_{what}", teacher, f"student_{what}", student)
+    if student.numel() == 0:
+        raise ShapeError(
+            f"student_{what}: expected at least one item and one column, got shape "
+            f"{tuple(student.shape)}; skip the loss for an empty batch"
+        )
+    if mask is not None:
+        position = axis % student.ndim
+        batch_shape = student.shape[:position] + student.shape[position + 1 :]
+        item_mask(mask, batch_shape, student)
+
+
+def item_mask(mask: Tensor, batch_shape: Sequence[int], like: Tensor) -> None:
+    """Check a bool mask over batch axes: True keeps an item, False leaves it out."""
+    if not isinstance(mask, Tensor):
+        raise DTypeError(
+            f"mask: expected a bool tensor, got {_kind(mask)}; use torch.tensor(..., dtype=bool)"
+        )
+    if mask.dtype is not torch.bool:
+        raise DTypeError(
+            f"mask: expected dtype torch.bool (True keeps an item), got {mask.dtype}; "
+            "use mask.bool()"
+        )
+    if tuple(mask.shape) != tuple(batch_shape):
+        raise ShapeError(
+            f"mask: expected the batch axes {tuple(batch_shape)}, got {tuple(mask.shape)}; "
+            "give one entry per item"
+        )
+    same_device("mask", mask, "the tensors it masks", like)
+
+
+def floating(name: str, value: Tensor) -> None:
+    """Check that a value is a tensor of a real floating dtype."""
+    if not isinstance(value, Tensor):
+        raise DTypeError(
+            f"{name}: expected a torch.Tensor, got {_kind(value)}; use torch.as_tensor"
+        )
+    if not value.is_floating_point():
+        raise DTypeError(
+            f"{name}: expected a real floating dtype, got {value.dtype}; use {name}.float()"
+        )
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Check that two tensors lie on one device."""
+    if value.device != other.device:
+        raise DeviceError(
+            f"{name}: expected device {other.device} as {other_name}, got {value.device}; "
+            f"use {name}.to({str(other.device)!r})"
+        )
+
+
+def class_labels(labels: Tensor, batch_shape: Sequence[int], logits: Tensor) -> None:
+    """Check integer class labels over the batch axes of logits."""
+    if not isinstance(labels, Tensor):
+        raise DTypeError(
+            f"labels: expected an int64 tensor, got {_kind(labels)}; use torch.as_tensor"
+        )
+    if labels.dtype is not torch.int64:
+        raise DTypeError(
+            f"labels: expected dtype torch.int64 (class indices), got {labels.dtype}; "
+            "use labels.long()"
+        )
+    if tuple(labels.shape) != tuple(batch_shape):
+        raise ShapeError(
+            f"labels: expected the batch axes {tuple(batch_shape)} of student_logits, "
+            f"got {tuple(labels.shape)}; give one class index per item"
+        )
+    same_device("labels", labels, "student_logits", logits)
+
+
+def last_axis(name: str, value: Tensor, width: int) -> None:
+    """Check a floating tensor (..., width)."""
+    floating(name, value)
+    if value.ndim < 1 or value.shape[-1] != width:
+        raise ShapeError(
+            f"{name}: expected (..., {width}), got {tuple(value.shape)}; "
+            "check the widths given to the constructor"
+        )
+
+
+def same_batch_axes(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Check that two tensors agree in all axes but the last, and in device."""
+    if value.shape[:-1] != other.shape[:-1]:
+        raise ShapeError(
+            f"{name}: expected the batch axes {tuple(other.shape[:-1])} of {other_name}, "
+            f"got {tuple(value.shape[:-1])}; give one row per item in both"
+        )
+    same_device(name, value, other_name, other)
+
+
+def shift_pair(anchor: Tensor, displacement: Tensor) -> None:
+    """Check the two arguments of a bounded shift: same shape, floating, at least one entry."""
+    floating("anchor", anchor)
+    floating("displacement", displacement)
+    if anchor.ndim < 1 or anchor.shape[-1] == 0:
+        raise ShapeError(
+            f"anchor: expected (..., d) with d >= 1, got {tuple(anchor.shape)}; "
+            "the last axis is the vector"
+        )
+    if anchor.shape != displacement.shape:
+        raise ShapeError(
+            f"displacement: expected {tuple(anchor.shape)} to match anchor, "
+            f"got {tuple(displacement.shape)}; project it to the anchor's width first"
+        )
+    same_device("displacement", displacement, "anchor", anchor)
+
+
+def positive(name: str, value: float) -> float:
+    """Return a finite number above 0 as a float."""
+    number = _real(name, value, "a finite number > 0")
+    if not number > 0:
+        raise RangeError(f"{name}: expected a finite number > 0, got {value!r}; 1.0 is neutral")
+    return number
+
+
+def non_negative(name: str, value: float) -> float:
+    """Return a finite number, 0 or more, as a float."""
+    number = _real(name, value, "a finite number >= 0")
+    if number < 0:
+        raise RangeError(
+            f"{name}: expected a finite number >= 0, got {value!r}; 0 switches its effect off"
+        )
+    return number
+
+
+def optional_eps(eps: float | None) -> float | None:
+    """Return the constant of a released formula, or None for the scale-free definition."""
+    return None if eps is None else non_negative("eps", eps)
+
+
+def positive_integer(name: str, value: int) -> int:
+    """Return an integer of 1 or more."""
+    number = integer(name, value)
+    if number < 1:
+        raise RangeError(f"{name}: expected an integer >= 1, got {number}; counts start at 1")
+    return number
+
+
+def probability(name: str, value: float) -> float:
+    """Return a number in [0, 1) as a float."""
+    number = _real(name, value, "a number in [0, 1)")
+    if not 0 <= number < 1:
+        raise RangeError(f"{name}: expected a number in [0, 1), got {value!r}; 0 switches it off")
+    return number
+
+
+def integer(name: str, value: int) -> int:
+    """Return an integer of either sign."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise DTypeError(f"{name}: expected an integer, got {_kind(value)}; use int(...)")
+    return int(value)
+
+
+def axis_of(name: str, axis: int, value_name: str, value: Tensor) -> int:
+    """Return an axis that a tensor has."""
+    axis = integer(name, axis)
+    floating(value_name, value)
+    if not -value.ndim <= axis < value.ndim:
+        raise RangeError(
+            f"{name}: expected an axis of {value_name} {tuple(value.shape)}, got {axis}; "
+            "-1 is the last axis"
+        )
+    return axis
+
+
+def backend_word(backend: str) -> None:
+    """Check the name of a backend."""
+    _word("backend", backend, get_args(Backend))
+
+
+def attend_over_word(attend_over: str) -> None:
+    """Check what the fusion's attention runs over."""
+    _word("attend_over", attend_over, get_args(AttendOver))
+
+
+def group_is_local(group: object) -> None:
+    """Refuse a process group, which no backend of this version computes over."""
+    if group is not None:
+        raise BackendError(
+            f"group: expected None, got {_kind(group)}; this version computes over the local batch "
+            "only, so gather the inputs yourself or leave group out"
+        )
+
+
+def widths(name: str, values: Sequence[int]) -> tuple[int, ...]:
+    """Return one or more positive integers as a tuple."""
+    if isinstance(values, (str, Integral)) or not isinstance(values, Sequence):
+        raise DTypeError(
+            f"{name}: expected a tuple of integers >= 1, got {_kind(values)}; for one use (width,)"
+        )
+    if not values:
+        raise RangeError(f"{name}: expected at least one width, got none; give one per student")
+    return tuple(positive_integer(f"{name}[{index}]", value) for index, value in enumerate(values))
+
+
+def student_count(students: Sequence[Tensor], student_dims: Sequence[int]) -> None:
+    """Check that a fusion head got as many students as it was built for."""
+    if len(students) != len(student_dims):
+        raise ShapeError(
+            f"students: expected {len(student_dims)} tensors for student_dims "
+            f"{tuple(student_dims)}, got {len(students)}; pass them after the anchor, in order"
+        )
+
+
+def divides(name: str, divisor: int, width: int, width_name: str) -> None:
+    """Check that a number divides a width."""
+    if width % divisor:
+        raise RangeError(
+            f"{name}: expected a divisor of {width_name}, {width}, got {divisor}; "
+            "check it against the checkpoint's training"
+        )
+
+
+def sum_is(name: str, values: Sequence[int], total: int) -> None:
+    """Check that widths add up to one that is given."""
+    if sum(values) != total:
+        raise RangeError(
+            f"{name}: expected widths that add up to {total}, got {tuple(values)}; "
+            "check them against the checkpoint's training"
+        )
+
+
+def causal_choice(causal: bool, attend_over: str) -> None:
+    """Check that only attention over a dialogue is causal."""
+    if not isinstance(causal, bool):
+        raise DTypeError(f"causal: expected True or False, got {_kind(causal)}; pass a bool")
+    if causal and attend_over != "dialogue":
+        raise RangeError(
+            f"causal: expected False with attend_over={attend_over!r}, got True; "
+            "only a dialogue has a past"
+        )
+
+
+def has_sequence(name: str, value: Tensor, attend_over: str) -> None:
+    """Check that a tensor has an axis to attend over."""
+    if value.ndim < 2:
+        raise ShapeError(
+            f"{name}: expected at least 2 axes with attend_over={attend_over!r}, got shape "
+            f"{tuple(value.shape)}; for a single utterance use .unsqueeze(0)"
+        )
+
+
+def mask_means_padding(attend_over: str) -> None:
+    """Refuse a mask where no item sees another, so none is padding."""
+    if attend_over == "modalities":
+        raise RangeError(
+            "mask: expected None with attend_over='modalities', got a tensor; there items do not "
+            "see each other, so leave it out"
+        )
+
+
+def class_weight(value: Tensor) -> None:
+    """Check weights of classes: a floating vector."""
+    floating("class_weight", value)
+    if value.ndim != 1:
+        raise ShapeError(
+            f"class_weight: expected (C,), got {tuple(value.shape)}; give one weight per class"
+        )
+
+
+def class_weight_fits(value: Tensor, logits: Tensor, class_axis: int) -> None:
+    """Check that weights of classes match the logits."""
+    if value.shape[0] != logits.shape[class_axis]:
+        raise ShapeError(
+            f"class_weight: expected ({logits.shape[class_axis]},) to match student_logits "
+            f"{tuple(logits.shape)}, got {tuple(value.shape)}; give one weight per class"
+        )
+    same_device("class_weight", value, "student_logits", logits)
+
+
+def feature_given(name: str, value: Tensor | None) -> Tensor:
+    """Return features that a feature term compares."""
+    if value is None:
+        raise DTypeError(
+            f"{name}: expected a tensor (..., d), got None; pass it, or build the loss with "
+            "feature_weight=0"
+        )
+    return value
+
+
+def module(name: str, value: object, kind: type[torch.nn.Module]) -> None:
+    """Check that a building block is of its class."""
+    if not isinstance(value, kind):
+        raise DTypeError(
+            f"{name}: expected a {kind.__name__}, got {_kind(value)}; "
+            f"build one with {kind.__name__}(...)"
+        )
+
+
+def relations_exist(batch_size: int, num_classes: int) -> None:
+    """Warn, once per kind, of a batch whose relations are the same whatever the student does."""
+    if torch.compiler.is_compiling():
+        return
+    if batch_size == 1:
+        _warn_once("batch_size=1: the intra-class term is constant and gives no gradient")
+    elif batch_size == 2:
+        _warn_once("batch_size=2: every intra-class correlation is +1, -1 or 0")
+    if num_classes == 1:
+        _warn_once("num_classes=1: both terms are constant and give no gradient")
+    elif num_classes == 2:
+        _warn_once("num_classes=2: every inter-class correlation is +1, -1 or 0")
+
+
+def similarities_exist(batch_size: int) -> None:
+    """Warn, once, of a batch whose similarity loss is 0 whatever the student does."""
+    if batch_size == 1 and not torch.compiler.is_compiling():
+        _warn_once("batch_size=1: the batch-similarity loss is 0 and gives no gradient")
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, DegenerateBatchWarning, stacklevel=5)
+
+
+def _word(name: str, value: str, words: Sequence[str]) -> None:
+    if value not in words:
+        listed = ", ".join(repr(word) for word in words)
+        raise RangeError(f"{name}: expected one of {listed}, got {value!r}; check the spelling")
+
+
+def _real(name: str, value: float, expectation: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise DTypeError(
+            f"{name}: expected {expectation}, got {_kind(value)}; pass a Python number"
+        )
+    if not math.isfinite(value):
+        raise RangeError(f"{name}: expected {expectation}, got {value!r}; pass a Python number")
+    return float(value)
+
+
+def _kind(value: object) -> str:
+    return f"a {type(value).__name__}"

@@ -1,0 +1,143 @@
+"""Batch similarity: a student's features stand to the teacher's as the teacher's to each other."""
+
+from torch import Tensor, nn
+
+from telme_kd import _checks
+from telme_kd._dispatch import accumulation_dtype, choose, outside_autocast
+from telme_kd._typing import Backend
+
+
+def batch_similarity_loss(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    group: object | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    r"""Penalise a student whose features relate differently to the teacher's batch.
+
+    .. math::
+
+        P_{i:} = \mathrm{softmax}_j(\hat t_i \cdot \hat t_j / \tau), \qquad
+        Q_{i:} = \mathrm{softmax}_j(\hat t_i \cdot \hat s_j / \tau), \qquad
+        L = \frac{1}{B} \sum_{i=1}^{B} \mathrm{KL}(P_{i:} \,\|\, Q_{i:})
+
+    with :math:`\hat s, \hat t` the features over their Euclidean norm. Source:
+    :cite:t:`yun2024telme`, Eq. 13-15. Note the asymmetry: :math:`Q` compares students with
+    teachers, not with each other, so the loss also draws :math:`\hat s_j` towards
+    :math:`\hat t_j`. The one deviation: a zero feature row has similarity 0 to all and gradient 0,
+    where the released normalisation divides by 1e-12.
+
+    Args:
+        student_features: (B, d) or, with any number of batch axes, (..., d); floating, any
+            magnitude. Receives the gradient.
+        teacher_features: of the same shape. Receives a gradient only if it requires one.
+        temperature: :math:`\tau`, dimensionless, > 0.
+        mask: bool over the batch axes; False leaves an item out of rows and columns, as if it were
+            absent, whatever it holds. If every item is masked the loss is 0.
+        group: None, the local batch; computing over a process group is not in this version.
+        backend: ``"auto"``, or a name out of :func:`telme_kd.available_backends`.
+
+    Returns:
+        Scalar (), in nats, in float32 or, if an input is float64, float64; within
+        [0, min(4/τ, 2/τ²)] up to rounding: tiny negative values occur and are not hidden.
+
+    Raises:
+        ShapeError: shapes differ, fewer than two axes, or no items.
+        DTypeError: an input is no floating tensor, or the mask not bool.
+        DeviceError: the tensors lie on different devices.
+        RangeError: a number or word is out of range.
+        BackendError: the named backend cannot serve this call.
+
+    Note:
+        The rows couple the items: the loss of a batch is not the mean of its parts, and for a batch
+        of one it is 0 whatever the student does (which warns once). NaN in is NaN out. Half
+        precision and autocast regions compute in float32.
+
+    Example:
+        >>> import torch
+        >>> from telme_kd.functional import batch_similarity_loss
+        >>> teacher = torch.eye(3)
+        >>> batch_similarity_loss(5.0 * teacher, teacher).abs() < 1e-6
+        tensor(True)
+        >>> round(batch_similarity_loss(-teacher, teacher).item(), 4)
+        0.6045
+    """
+    _checks.matrix_pair(
+        student_features,
+        teacher_features,
+        what="features",
+        mask=mask,
+        remedy="project the student's features to the teacher's width first",
+    )
+    temperature = _checks.positive("temperature", temperature)
+    _checks.group_is_local(group)
+    implementation = choose("batch_similarity_loss", backend, (student_features, teacher_features))
+
+    dtype = accumulation_dtype(student_features, teacher_features)
+    width = student_features.shape[-1]
+    student = student_features.reshape(-1, width).to(dtype)
+    teacher = teacher_features.reshape(-1, width).to(dtype)
+    _checks.similarities_exist(student.shape[0])
+    with outside_autocast(student.device):
+        return implementation.function(
+            student,
+            teacher,
+            temperature=temperature,
+            mask=None if mask is None else mask.reshape(-1),
+        )
+
+
+class BatchSimilarityLoss(nn.Module):
+    """:func:`batch_similarity_loss` with its options fixed at construction, where they are checked.
+
+    Args:
+        temperature: τ > 0.
+        group: None, the local batch.
+        backend: ``"auto"`` or a backend's name.
+
+    Raises:
+        RangeError: a number or word is out of range.
+        DTypeError: a number is of another type.
+
+    Example:
+        >>> import torch
+        >>> from telme_kd import BatchSimilarityLoss
+        >>> criterion = BatchSimilarityLoss(temperature=0.5)
+        >>> student, teacher = torch.randn(2, 8, 32, generator=torch.manual_seed(0))
+        >>> criterion(student, teacher) > 0
+        tensor(True)
+    """
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        *,
+        group: object | None = None,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        _checks.group_is_local(group)
+        _checks.backend_word(backend)
+        self.temperature = _checks.positive("temperature", temperature)
+        self.group = group
+        self.backend = backend
+
+    def forward(
+        self, student_features: Tensor, teacher_features: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """Return the loss of a batch; shapes and errors as :func:`batch_similarity_loss`."""
+        return batch_similarity_loss(
+            student_features,
+            teacher_features,
+            temperature=self.temperature,
+            mask=mask,
+            group=self.group,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options, as ``repr`` shows them."""
+        return f"temperature={self.temperature}, backend={self.backend!r}"

@@ -1,0 +1,262 @@
+"""DIST: a student keeps the teacher's relations between classes and between items.
+
+Instead of matching probabilities, DIST asks that they correlate: along each row, how an item ranks
+the classes (inter-class), and along each column, how a class ranks the items (intra-class).
+"""
+
+from torch import Tensor, nn
+
+from telme_kd import _checks
+from telme_kd._dispatch import accumulation_dtype, choose, outside_autocast
+from telme_kd._typing import Backend
+
+_SHAPE_REMEDY = "both must score the same items over the same label set"
+
+
+def dist_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    inter_weight: float = 1.0,
+    intra_weight: float = 1.0,
+    class_dim: int = -1,
+    mask: Tensor | None = None,
+    eps: float | None = None,
+    group: object | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    r"""Penalise lost correlation between student and teacher predictions.
+
+    .. math::
+
+        Y_s = \mathrm{softmax}(Z_s / \tau), \qquad Y_t = \mathrm{softmax}(Z_t / \tau)
+
+        L = \frac{\beta \tau^2}{B} \sum_{i=1}^{B} \bigl(1 - \rho(Y_{s,i:}, Y_{t,i:})\bigr)
+          + \frac{\gamma \tau^2}{C} \sum_{j=1}^{C} \bigl(1 - \rho(Y_{s,:j}, Y_{t,:j})\bigr)
+
+    with :math:`\rho` the Pearson correlation. Source: :cite:t:`huang2022dist`, Eq. 7-10, and
+    :cite:t:`yun2024telme`, Eq. 7-12. It deviates from both in the correlation of vectors that
+    hardly vary, where their formula divides rounding noise by a constant; see ``eps`` and the
+    theory page.
+
+    Args:
+        student_logits: :math:`Z_s` (B, C) or, with any number of batch axes, (..., C); floating,
+            unnormalised; -inf leaves a class out. Receives the gradient.
+        teacher_logits: :math:`Z_t`, of the same shape. Receives a gradient only if it requires one.
+        temperature: :math:`\tau`, dimensionless, > 0.
+        inter_weight: :math:`\beta` >= 0 of the inter-class term (rows); 0 skips its work.
+        intra_weight: :math:`\gamma` >= 0 of the intra-class term (columns); 0 skips its work.
+        class_dim: the axis of the classes; all others are the batch, as in (B, C, H, W) with
+            ``class_dim=1``.
+        mask: bool over the batch axes; False leaves an item out of every count and statistic, as
+            if it were absent, whatever it holds. If every item is masked the loss is 0.
+        eps: None for the scale-free correlation: exact wherever a vector varies by more than 0.1 %
+            of its norm, 0 where it is constant, gradient bounded for any input. A number for the
+            released formula :math:`\langle a, b\rangle / (\|a\|\|b\| + \epsilon)` of the centred
+            vectors; theirs is 1e-8. With 0, constant vectors give NaN.
+        group: None, the local batch; computing over a process group is not in this version.
+        backend: ``"auto"``, or a name out of :func:`telme_kd.available_backends`.
+
+    Returns:
+        Scalar (), in float32 or, if an input is float64, float64; within
+        [0, :math:`2\tau^2(\beta + \gamma)`] up to rounding.
+
+    Raises:
+        ShapeError: shapes differ, fewer than two axes, or no items.
+        DTypeError: an input is no floating tensor, or the mask not bool.
+        DeviceError: the tensors lie on different devices.
+        RangeError: a number or word is out of range.
+        BackendError: the named backend cannot serve this call.
+
+    Note:
+        The columns couple the items: the intra-class term of a batch is not the mean of its parts.
+        A batch of one has a constant intra-class term, :math:`\gamma\tau^2`; with two items, or two
+        classes, the correlations are +1, -1 or 0. Each warns once
+        (:class:`~telme_kd.errors.DegenerateBatchWarning`). NaN in is NaN out. Half precision and
+        autocast regions compute in float32.
+
+    Example:
+        >>> import torch
+        >>> from telme_kd.functional import dist_loss
+        >>> teacher = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 3.0], [1.0, 4.0, 0.0]])
+        >>> dist_loss(teacher, teacher).abs() < 1e-6
+        tensor(True)
+        >>> round(dist_loss(teacher.flip(-1), teacher, temperature=2.0).item(), 3)
+        12.104
+    """
+    class_axis = _checks.axis_of("class_dim", class_dim, "student_logits", student_logits)
+    _checks.matrix_pair(
+        student_logits,
+        teacher_logits,
+        what="logits",
+        mask=mask,
+        axis=class_axis,
+        remedy=_SHAPE_REMEDY,
+    )
+    temperature = _checks.positive("temperature", temperature)
+    inter_weight = _checks.non_negative("inter_weight", inter_weight)
+    intra_weight = _checks.non_negative("intra_weight", intra_weight)
+    eps = _checks.optional_eps(eps)
+    _checks.group_is_local(group)
+    implementation = choose("dist_loss", backend, (student_logits, teacher_logits))
+
+    dtype = accumulation_dtype(student_logits, teacher_logits)
+    student = _class_matrix(student_logits, class_axis).to(dtype)
+    teacher = _class_matrix(teacher_logits, class_axis).to(dtype)
+    _checks.relations_exist(*student.shape)
+    with outside_autocast(student.device):
+        return implementation.function(
+            student,
+            teacher,
+            temperature=temperature,
+            inter_weight=inter_weight,
+            intra_weight=intra_weight,
+            mask=None if mask is None else mask.reshape(-1),
+            eps=eps,
+        )
+
+
+def inter_class_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    class_dim: int = -1,
+    mask: Tensor | None = None,
+    eps: float | None = None,
+    group: object | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    r"""Penalise lost correlation along each item's classes: the first term of DIST (Eq. 10).
+
+    .. math:: L_\mathrm{inter} = \frac{\tau^2}{B} \sum_i \bigl(1 - \rho(Y_{s,i:}, Y_{t,i:})\bigr)
+
+    It is :func:`dist_loss` with ``intra_weight=0``; arguments, errors and notes are the same. Items
+    are independent of each other here.
+
+    Returns:
+        Scalar (), in float32 or float64, within [0, :math:`2\tau^2`] up to rounding.
+    """
+    return dist_loss(
+        student_logits,
+        teacher_logits,
+        temperature=temperature,
+        intra_weight=0.0,
+        class_dim=class_dim,
+        mask=mask,
+        eps=eps,
+        group=group,
+        backend=backend,
+    )
+
+
+def intra_class_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    class_dim: int = -1,
+    mask: Tensor | None = None,
+    eps: float | None = None,
+    group: object | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    r"""Penalise lost correlation along each class's items: the second term of DIST (Eq. 11).
+
+    .. math:: L_\mathrm{intra} = \frac{\tau^2}{C} \sum_j \bigl(1 - \rho(Y_{s,:j}, Y_{t,:j})\bigr)
+
+    It is :func:`dist_loss` with ``inter_weight=0``; arguments, errors and notes are the same.
+
+    Returns:
+        Scalar (), in float32 or float64, within [0, :math:`2\tau^2`] up to rounding.
+    """
+    return dist_loss(
+        student_logits,
+        teacher_logits,
+        temperature=temperature,
+        inter_weight=0.0,
+        class_dim=class_dim,
+        mask=mask,
+        eps=eps,
+        group=group,
+        backend=backend,
+    )
+
+
+class DISTLoss(nn.Module):
+    """:func:`dist_loss` with its options fixed at construction, where they are checked.
+
+    Args:
+        temperature: τ > 0.
+        inter_weight: β >= 0, of the inter-class term.
+        intra_weight: γ >= 0, of the intra-class term.
+        class_dim: the axis of the classes.
+        eps: None for the scale-free correlation, a number for the released formula.
+        group: None, the local batch.
+        backend: ``"auto"`` or a backend's name.
+
+    Raises:
+        RangeError: a number or word is out of range.
+        DTypeError: a number is of another type.
+
+    Example:
+        >>> import torch
+        >>> from telme_kd import DISTLoss
+        >>> criterion = DISTLoss(temperature=4.0)
+        >>> student, teacher = torch.randn(2, 8, 7, generator=torch.manual_seed(0))
+        >>> criterion(student, teacher).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        inter_weight: float = 1.0,
+        intra_weight: float = 1.0,
+        *,
+        class_dim: int = -1,
+        eps: float | None = None,
+        group: object | None = None,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        _checks.group_is_local(group)
+        _checks.backend_word(backend)
+        self.temperature = _checks.positive("temperature", temperature)
+        self.inter_weight = _checks.non_negative("inter_weight", inter_weight)
+        self.intra_weight = _checks.non_negative("intra_weight", intra_weight)
+        self.eps = _checks.optional_eps(eps)
+        self.class_dim = _checks.integer("class_dim", class_dim)
+        self.group = group
+        self.backend = backend
+
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """Return the loss of a batch; shapes and errors as :func:`dist_loss`."""
+        return dist_loss(
+            student_logits,
+            teacher_logits,
+            temperature=self.temperature,
+            inter_weight=self.inter_weight,
+            intra_weight=self.intra_weight,
+            class_dim=self.class_dim,
+            mask=mask,
+            eps=self.eps,
+            group=self.group,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options, as ``repr`` shows them."""
+        return (
+            f"temperature={self.temperature}, inter_weight={self.inter_weight}, "
+            f"intra_weight={self.intra_weight}, class_dim={self.class_dim}, eps={self.eps}, "
+            f"backend={self.backend!r}"
+        )
+
+
+def _class_matrix(logits: Tensor, class_axis: int) -> Tensor:
+    """Return logits (..., C, ...) as a matrix (B, C) over all their batch axes."""
+    return logits.movedim(class_axis, -1).reshape(-1, logits.shape[class_axis])

@@ -1,0 +1,13 @@
+"""Every operator as a function."""
+
+from telme_kd.batch_similarity import batch_similarity_loss
+from telme_kd.dist import dist_loss, inter_class_loss, intra_class_loss
+from telme_kd.fusion import bounded_shift
+
+__all__ = [
+    "batch_similarity_loss",
+    "bounded_shift",
+    "dist_loss",
+    "inter_class_loss",
+    "intra_class_loss",
+]

@@ -1,0 +1,160 @@
+"""The student's objective: classify, respond like the teacher, relate like the teacher (Eq. 6)."""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from telme_kd import _checks
+from telme_kd._dispatch import accumulation_dtype, outside_autocast
+from telme_kd.batch_similarity import BatchSimilarityLoss
+from telme_kd.dist import DISTLoss
+
+
+class StudentLossTerms(NamedTuple):
+    """The terms of Eq. 6, each a scalar () before its weight, and their weighted sum."""
+
+    total: Tensor
+    classification: Tensor
+    response: Tensor
+    feature: Tensor
+
+
+class StudentLoss(nn.Module):
+    r"""Cross-entropy, response distillation and feature distillation in one objective.
+
+    .. math:: L = L_\mathrm{cls} + \alpha L_\mathrm{response} + \beta L_\mathrm{feature}
+
+    Source: :cite:t:`yun2024telme`, Eq. 6; the response is DIST (:func:`~telme_kd.dist.dist_loss`),
+    the feature term the batch similarity
+    (:func:`~telme_kd.batch_similarity.batch_similarity_loss`).
+
+    Args:
+        response_weight: :math:`\alpha` >= 0; 0 skips the term.
+        feature_weight: :math:`\beta` >= 0; 0 skips the term, and no features are needed.
+        response: the response term; None for ``DISTLoss()``.
+        feature: the feature term; None for ``BatchSimilarityLoss()``.
+        class_weight: (C,) floating, weights of the classes in the cross-entropy, or None.
+        label_smoothing: of the cross-entropy, in [0, 1).
+
+    Raises:
+        RangeError: a number is out of range.
+        DTypeError: an argument is of another type.
+
+    Example:
+        >>> import torch
+        >>> from telme_kd import DISTLoss, StudentLoss
+        >>> criterion = StudentLoss(response=DISTLoss(temperature=4.0))
+        >>> logits, features = torch.randn(2, 8, 7), torch.randn(2, 8, 32)
+        >>> terms = criterion(logits[0], logits[1], torch.arange(8) % 7,
+        ...                   student_features=features[0], teacher_features=features[1])
+        >>> torch.equal(terms.total, terms.classification + terms.response + terms.feature)
+        True
+    """
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        response_weight: float = 1.0,
+        feature_weight: float = 1.0,
+        *,
+        response: DISTLoss | None = None,
+        feature: BatchSimilarityLoss | None = None,
+        class_weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.response_weight = _checks.non_negative("response_weight", response_weight)
+        self.feature_weight = _checks.non_negative("feature_weight", feature_weight)
+        self.response = DISTLoss() if response is None else response
+        self.feature = BatchSimilarityLoss() if feature is None else feature
+        _checks.module("response", self.response, DISTLoss)
+        _checks.module("feature", self.feature, BatchSimilarityLoss)
+        if class_weight is not None:
+            _checks.class_weight(class_weight)
+        self.register_buffer("class_weight", class_weight, persistent=False)
+        self.label_smoothing = _checks.probability("label_smoothing", label_smoothing)
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor,
+        *,
+        student_features: Tensor | None = None,
+        teacher_features: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> StudentLossTerms:
+        """Return the terms and their weighted sum.
+
+        Args:
+            student_logits: (..., C), or with C at the response term's ``class_dim``; gradient: yes.
+            teacher_logits: of the same shape.
+            labels: int64 class indices over the batch axes; -100 leaves an item out of the
+                cross-entropy alone.
+            student_features: (..., d), needed unless ``feature_weight=0``; gradient: yes.
+            teacher_features: of the same shape, needed unless ``feature_weight=0``.
+            mask: bool over the batch axes; False leaves an item out of every term.
+
+        Returns:
+            The named terms, scalars in float32 or float64; a skipped term is 0.
+
+        Raises:
+            ShapeError: shapes do not fit each other.
+            DTypeError: a dtype does not fit, or features are missing.
+            DeviceError: the tensors lie on different devices.
+        """
+        class_axis = _checks.axis_of(
+            "class_dim", self.response.class_dim, "student_logits", student_logits
+        )
+        batch_shape = student_logits.movedim(class_axis, -1).shape[:-1]
+        _checks.class_labels(labels, batch_shape, student_logits)
+        if self.class_weight is not None:
+            _checks.class_weight_fits(self.class_weight, student_logits, class_axis)
+
+        # The losses check their own arguments, so they go first: no work before all is checked.
+        response = feature = student_logits.new_zeros(
+            (), dtype=accumulation_dtype(student_logits, teacher_logits)
+        )
+        if self.feature_weight:
+            feature = self.feature(
+                _checks.feature_given("student_features", student_features),
+                _checks.feature_given("teacher_features", teacher_features),
+                mask,
+            )
+        if self.response_weight:
+            response = self.response(student_logits, teacher_logits, mask)
+        classification = self._classification(student_logits.movedim(class_axis, -1), labels, mask)
+        total = classification + self.response_weight * response + self.feature_weight * feature
+        return StudentLossTerms(total, classification, response, feature)
+
+    def _classification(self, logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
+        """Mean cross-entropy over the items that count; 0, not NaN, if none does."""
+        labels = labels.reshape(-1)
+        logits = logits.reshape(-1, logits.shape[-1])
+        if mask is not None:
+            labels = labels.masked_fill(~mask.reshape(-1), -100)
+            logits = logits.masked_fill(~mask.reshape(-1, 1), 0.0)
+        weight = self.class_weight
+        dtype = accumulation_dtype(logits)
+        with outside_autocast(logits.device):
+            summed = nn.functional.cross_entropy(
+                logits.to(dtype),
+                labels,
+                weight=None if weight is None else weight.to(dtype),
+                reduction="sum",
+                label_smoothing=self.label_smoothing,
+            )
+        counted = labels != -100
+        if weight is None:
+            count = counted.sum().to(dtype)
+        else:
+            count = (weight.to(dtype)[labels.clamp(min=0)] * counted).sum()
+        return summed / count.where(count > 0, 1.0)
+
+    def extra_repr(self) -> str:
+        """Return the options, as ``repr`` shows them."""
+        return (
+            f"response_weight={self.response_weight}, feature_weight={self.feature_weight}, "
+            f"label_smoothing={self.label_smoothing}"
+        )
