@@ -371,7 +371,7 @@ _warned: set[str] = set()
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, DegenerateBatchWarning, stacklevel=5)
+        warnings.warn(message, DegenerateBatchWarning, stacklevel=4)
 
 
 def _word(name: str, value: str, words: Sequence[str]) -> None:

@@ -63,8 +63,8 @@ def pearson(
     student_centred, teacher_centred = _centre(student, dim, mask), _centre(teacher, dim, mask)
     covariance = (student_centred * teacher_centred).sum(dim)
     if eps is not None:
-        student_norm = torch.linalg.vector_norm(student_centred, dim=dim)
-        teacher_norm = torch.linalg.vector_norm(teacher_centred, dim=dim)
+        student_norm: Tensor = torch.linalg.vector_norm(student_centred, dim=dim)
+        teacher_norm: Tensor = torch.linalg.vector_norm(teacher_centred, dim=dim)
         return covariance / (student_norm * teacher_norm + eps)
     return (
         covariance
