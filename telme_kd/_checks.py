@@ -8,20 +8,24 @@ import math
 import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from telme_kd._typing import AttendOver, Backend
 from telme_kd.errors import (
-    BackendError,
     DegenerateBatchWarning,
     DeviceError,
+    DistributedError,
     DTypeError,
     RangeError,
     ShapeError,
 )
+
+if TYPE_CHECKING:  # not every build of torch has it
+    from torch.distributed import ProcessGroup
 
 
 def matrix_pair(
@@ -31,6 +35,7 @@ def matrix_pair(
     what: str,
     mask: Tensor | None,
     axis: int = -1,
+    may_be_empty: bool,
     remedy: str,
 ) -> None:
     """Check a student tensor, its teacher's, and the mask over their batch axes.
@@ -41,6 +46,7 @@ def matrix_pair(
         what: ``"logits"`` or ``"features"``; the arguments' names are built with it.
         mask: bool, over the batch axes, or None.
         axis: the axis that is no batch axis.
+        may_be_empty: whether other processes may have the items.
         remedy: what to do if the shapes differ.
     """
     for name, value in ((f"student_{what}", student), (f"teacher_{what}", teacher)):
@@ -56,14 +62,14 @@ def matrix_pair(
             f"got {tuple(teacher.shape)}; {remedy}"
         )
     same_device(f"teacher_{what}", teacher, f"student_{what}", student)
-    if student.numel() == 0:
+    batch_shape = student.shape[: axis % student.ndim] + student.shape[axis % student.ndim + 1 :]
+    empty_batch = 0 in batch_shape
+    if student.shape[axis] == 0 or (empty_batch and not may_be_empty):
         raise ShapeError(
             f"student_{what}: expected at least one item and one column, got shape "
             f"{tuple(student.shape)}; skip the loss for an empty batch"
         )
     if mask is not None:
-        position = axis % student.ndim
-        batch_shape = student.shape[:position] + student.shape[position + 1 :]
         item_mask(mask, batch_shape, student)
 
 
@@ -231,12 +237,49 @@ def attend_over_word(attend_over: str) -> None:
     _word("attend_over", attend_over, get_args(AttendOver))
 
 
-def group_is_local(group: object) -> None:
-    """Refuse a process group, which no backend of this version computes over."""
-    if group is not None:
-        raise BackendError(
-            f"group: expected None, got {_kind(group)}; this version computes over the local batch "
-            "only, so gather the inputs yourself or leave group out"
+def group_word(group: object) -> None:
+    """Check the kind of a ``group`` argument."""
+    if group is None or group == "world":
+        return
+    if torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup):
+        return
+    raise DTypeError(
+        f"group: expected a torch.distributed.ProcessGroup, 'world' or None, got {_kind(group)}; "
+        "make one with torch.distributed.new_group()"
+    )
+
+
+def process_group(group: object) -> "ProcessGroup":
+    """Return the process group that ``group`` stands for."""
+    group_word(group)
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise DistributedError(
+            "group: expected an initialised torch.distributed, got none; call "
+            "torch.distributed.init_process_group() first, or pass group=None"
+        )
+    if isinstance(group, torch.distributed.ProcessGroup):
+        return group
+    world = torch.distributed.group.WORLD
+    assert world is not None  # it is there once torch.distributed is initialised
+    return world
+
+
+def agree_across_processes(sizes: Sequence[tuple[int, int, int, int]]) -> None:
+    """Check what the processes of a group gathered about their rows.
+
+    Args:
+        sizes: of each process: rows, width, bytes per entry, whether there is a mask.
+    """
+    if len({(width, itemsize) for _, width, itemsize, _ in sizes}) > 1:
+        listed = ", ".join(f"{width} x {8 * itemsize} bit" for _, width, itemsize, _ in sizes)
+        raise DistributedError(
+            f"group: expected one width and dtype in all processes, got {listed}; "
+            "give every process the same label set or feature width, and dtype"
+        )
+    if not any(rows for rows, *_ in sizes):
+        raise ShapeError(
+            "group: expected at least one item in one of the processes, got none; "
+            "skip the loss for an empty batch"
         )
 
 

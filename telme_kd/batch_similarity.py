@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from telme_kd import _checks
 from telme_kd._dispatch import accumulation_dtype, choose, outside_autocast
 from telme_kd._typing import Backend
+from telme_kd.distributed import Group, gather_batch
 
 
 def batch_similarity_loss(
@@ -13,7 +14,7 @@ def batch_similarity_loss(
     *,
     temperature: float = 1.0,
     mask: Tensor | None = None,
-    group: object | None = None,
+    group: Group = None,
     backend: Backend = "auto",
 ) -> Tensor:
     r"""Penalise a student whose features relate differently to the teacher's batch.
@@ -37,7 +38,9 @@ def batch_similarity_loss(
         temperature: :math:`\tau`, dimensionless, > 0.
         mask: bool over the batch axes; False leaves an item out of rows and columns, as if it were
             absent, whatever it holds. If every item is masked the loss is 0.
-        group: None, the local batch; computing over a process group is not in this version.
+        group: None for the local batch; a process group or ``"world"`` for the whole batch of its
+            processes, with the gradient that DistributedDataParallel's mean expects; a process may
+            then have no items. See :mod:`telme_kd.distributed`.
         backend: ``"auto"``, or a name out of :func:`telme_kd.available_backends`.
 
     Returns:
@@ -50,6 +53,7 @@ def batch_similarity_loss(
         DeviceError: the tensors lie on different devices.
         RangeError: a number or word is out of range.
         BackendError: the named backend cannot serve this call.
+        DistributedError: the group is not there, or its processes disagree.
 
     Note:
         The rows couple the items: the loss of a batch is not the mean of its parts, and for a batch
@@ -70,23 +74,26 @@ def batch_similarity_loss(
         teacher_features,
         what="features",
         mask=mask,
+        may_be_empty=group is not None,
         remedy="project the student's features to the teacher's width first",
     )
     temperature = _checks.positive("temperature", temperature)
-    _checks.group_is_local(group)
+    _checks.group_word(group)
     implementation = choose("batch_similarity_loss", backend, (student_features, teacher_features))
 
     dtype = accumulation_dtype(student_features, teacher_features)
     width = student_features.shape[-1]
     student = student_features.reshape(-1, width).to(dtype)
     teacher = teacher_features.reshape(-1, width).to(dtype)
+    items = None if mask is None else mask.reshape(-1)
+    student, teacher, items = gather_batch(student, teacher, items, group)
     _checks.similarities_exist(student.shape[0])
     with outside_autocast(student.device):
         return implementation.function(
             student,
             teacher,
             temperature=temperature,
-            mask=None if mask is None else mask.reshape(-1),
+            mask=items,
         )
 
 
@@ -95,7 +102,7 @@ class BatchSimilarityLoss(nn.Module):
 
     Args:
         temperature: τ > 0.
-        group: None, the local batch.
+        group: None for the local batch, a process group or ``"world"``.
         backend: ``"auto"`` or a backend's name.
 
     Raises:
@@ -115,11 +122,11 @@ class BatchSimilarityLoss(nn.Module):
         self,
         temperature: float = 1.0,
         *,
-        group: object | None = None,
+        group: Group = None,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        _checks.group_is_local(group)
+        _checks.group_word(group)
         _checks.backend_word(backend)
         self.temperature = _checks.positive("temperature", temperature)
         self.group = group

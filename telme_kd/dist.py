@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from telme_kd import _checks
 from telme_kd._dispatch import accumulation_dtype, choose, outside_autocast
 from telme_kd._typing import Backend
+from telme_kd.distributed import Group, gather_batch
 
 _SHAPE_REMEDY = "both must score the same items over the same label set"
 
@@ -23,7 +24,7 @@ def dist_loss(
     class_dim: int = -1,
     mask: Tensor | None = None,
     eps: float | None = None,
-    group: object | None = None,
+    group: Group = None,
     backend: Backend = "auto",
 ) -> Tensor:
     r"""Penalise lost correlation between student and teacher predictions.
@@ -55,7 +56,9 @@ def dist_loss(
             of its norm, 0 where it is constant, gradient bounded for any input. A number for the
             released formula :math:`\langle a, b\rangle / (\|a\|\|b\| + \epsilon)` of the centred
             vectors; theirs is 1e-8. With 0, constant vectors give NaN.
-        group: None, the local batch; computing over a process group is not in this version.
+        group: None for the local batch; a process group or ``"world"`` for the whole batch of its
+            processes, with the gradient that DistributedDataParallel's mean expects; a process may
+            then have no items. See :mod:`telme_kd.distributed`.
         backend: ``"auto"``, or a name out of :func:`telme_kd.available_backends`.
 
     Returns:
@@ -68,6 +71,7 @@ def dist_loss(
         DeviceError: the tensors lie on different devices.
         RangeError: a number or word is out of range.
         BackendError: the named backend cannot serve this call.
+        DistributedError: the group is not there, or its processes disagree.
 
     Note:
         The columns couple the items: the intra-class term of a batch is not the mean of its parts.
@@ -92,18 +96,21 @@ def dist_loss(
         what="logits",
         mask=mask,
         axis=class_axis,
+        may_be_empty=group is not None,
         remedy=_SHAPE_REMEDY,
     )
     temperature = _checks.positive("temperature", temperature)
     inter_weight = _checks.non_negative("inter_weight", inter_weight)
     intra_weight = _checks.non_negative("intra_weight", intra_weight)
     eps = _checks.optional_eps(eps)
-    _checks.group_is_local(group)
+    _checks.group_word(group)
     implementation = choose("dist_loss", backend, (student_logits, teacher_logits))
 
     dtype = accumulation_dtype(student_logits, teacher_logits)
     student = _class_matrix(student_logits, class_axis).to(dtype)
     teacher = _class_matrix(teacher_logits, class_axis).to(dtype)
+    items = None if mask is None else mask.reshape(-1)
+    student, teacher, items = gather_batch(student, teacher, items, group)
     _checks.relations_exist(*student.shape)
     with outside_autocast(student.device):
         return implementation.function(
@@ -112,7 +119,7 @@ def dist_loss(
             temperature=temperature,
             inter_weight=inter_weight,
             intra_weight=intra_weight,
-            mask=None if mask is None else mask.reshape(-1),
+            mask=items,
             eps=eps,
         )
 
@@ -125,7 +132,7 @@ def inter_class_loss(
     class_dim: int = -1,
     mask: Tensor | None = None,
     eps: float | None = None,
-    group: object | None = None,
+    group: Group = None,
     backend: Backend = "auto",
 ) -> Tensor:
     r"""Penalise lost correlation along each item's classes: the first term of DIST (Eq. 10).
@@ -159,7 +166,7 @@ def intra_class_loss(
     class_dim: int = -1,
     mask: Tensor | None = None,
     eps: float | None = None,
-    group: object | None = None,
+    group: Group = None,
     backend: Backend = "auto",
 ) -> Tensor:
     r"""Penalise lost correlation along each class's items: the second term of DIST (Eq. 11).
@@ -193,7 +200,7 @@ class DISTLoss(nn.Module):
         intra_weight: γ >= 0, of the intra-class term.
         class_dim: the axis of the classes.
         eps: None for the scale-free correlation, a number for the released formula.
-        group: None, the local batch.
+        group: None for the local batch, a process group or ``"world"``.
         backend: ``"auto"`` or a backend's name.
 
     Raises:
@@ -217,11 +224,11 @@ class DISTLoss(nn.Module):
         *,
         class_dim: int = -1,
         eps: float | None = None,
-        group: object | None = None,
+        group: Group = None,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        _checks.group_is_local(group)
+        _checks.group_word(group)
         _checks.backend_word(backend)
         self.temperature = _checks.positive("temperature", temperature)
         self.inter_weight = _checks.non_negative("inter_weight", inter_weight)

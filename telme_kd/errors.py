@@ -28,6 +28,10 @@ class BackendError(TelmeKDError, RuntimeError):
     """A backend was asked for by name and cannot serve this call."""
 
 
+class DistributedError(TelmeKDError, RuntimeError):
+    """A process group is not there, or its processes disagree."""
+
+
 class CheckpointError(TelmeKDError, ValueError):
     """A state dict has missing, unexpected, misshapen or non-finite entries."""
 

@@ -12,7 +12,7 @@ def bounded_shift(
         anchor_norm = torch.linalg.vector_norm(anchor, dim=-1, keepdim=True)
         displacement_norm = torch.linalg.vector_norm(displacement, dim=-1, keepdim=True)
         displacement_norm = torch.where(displacement_norm == 0, 1.0, displacement_norm)
-        ratio = threshold * anchor_norm / (displacement_norm + eps)
+        ratio: Tensor = threshold * anchor_norm / (displacement_norm + eps)
         return anchor + ratio.clamp(max=1.0) * displacement
     _, anchor_norm = _direction_and_norm(anchor)
     direction, displacement_norm = _direction_and_norm(displacement)
