@@ -1,0 +1,1 @@
+"""The full TelME pipelines, from raw corpora to scores."""

@@ -1,0 +1,201 @@
+"""Pretrained encoders: found, checked and loaded the same way for every modality."""
+
+import hashlib
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from examples.erc.errors import InputError
+from examples.erc.source import JSON, EncoderOutput
+
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """An encoder on the Hugging Face Hub or in a local folder.
+
+    Code that comes with an encoder is never run. Weights are read as safetensors or, where the
+    publisher has none, by PyTorch's restricted unpickler, which builds tensors and refuses
+    everything else.
+
+    Attributes:
+        name: The name on the Hub, or the path of a folder.
+        revision: The branch, tag or commit on the Hub; ``None``: its main branch.
+    """
+
+    name: str
+    revision: str | None = None
+
+    @cached_property
+    def config(self) -> Any:  # noqa: ANN401
+        """Its configuration.
+
+        Raises:
+            InputError: There is no such encoder.
+        """
+        return self.load("AutoConfig")
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of its hidden states."""
+        return int(self.config.hidden_size)
+
+    @property
+    def description(self) -> dict[str, JSON]:
+        """What identifies it: the commit on the Hub, or the digest of a folder's files."""
+        folder = Path(self.name)
+        if folder.is_dir():
+            return {"name": folder.resolve().name, "sha256": _digest(folder)}
+        commit = getattr(self.config, "_commit_hash", None)
+        return {"name": self.name, "revision": commit or self.revision}
+
+    def load(self, kind: str, **options: object) -> Any:  # noqa: ANN401
+        """Load a part of it by way of one of transformers' Auto classes.
+
+        Args:
+            kind: The name of the class.
+            options: For its ``from_pretrained``.
+
+        Returns:
+            What ``from_pretrained`` returns.
+
+        Raises:
+            InputError: It is not there, or not what its name says.
+        """
+        loader = getattr(_transformers(), kind)
+        with self._explain(kind):
+            return loader.from_pretrained(
+                self.name,
+                revision=self.revision or "main",
+                trust_remote_code=False,
+                **options,
+            )
+
+    @contextmanager
+    def _explain(self, kind: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"{self.name}: expected an encoder for {kind}, on the Hugging Face Hub or in a "
+                f"folder with its weights, got an error ({reason}); "
+                "check the name, the revision and the connection"
+            ) from error
+
+
+def load_body(encoder: Pretrained, **overrides: object) -> Any:  # noqa: ANN401
+    """Load an encoder with its weights in float32, without a pooling layer.
+
+    Args:
+        encoder: Which.
+        overrides: Values that replace those of its configuration.
+
+    Returns:
+        The module.
+
+    Raises:
+        InputError: It cannot be loaded, or its weights are incomplete or not finite.
+    """
+    options = dict(overrides)
+    architecture = _transformers().MODEL_MAPPING.get(type(encoder.config), None)
+    if inspect.isclass(architecture) and "add_pooling_layer" in _parameters(architecture):
+        # Its weights are often not in the checkpoint, and nothing here reads its output.
+        options["add_pooling_layer"] = False
+    body, report = encoder.load(
+        "AutoModel",
+        dtype=torch.float32,
+        weights_only=True,
+        output_loading_info=True,
+        **options,
+    )
+    # SpecAugment's mask is a parameter of training that a checkpoint need not have.
+    missing = sorted(key for key in report["missing_keys"] if key != "masked_spec_embed")
+    if missing:
+        raise InputError(
+            f"{encoder.name}: expected the weights of a whole {type(body).__name__}, "
+            f"got none for {', '.join(missing[:3])} and {len(missing)} in all; "
+            "choose an encoder of that kind"
+        )
+    broken = [name for name, weights in body.named_parameters() if not weights.isfinite().all()]
+    if broken:
+        raise InputError(
+            f"{encoder.name}: expected finite weights, got others in {', '.join(broken[:3])}; "
+            "fetch the encoder anew"
+        )
+    return body
+
+
+class Head(nn.Module):
+    """From a pooled hidden state to the feature and the logits.
+
+    Batch-similarity distillation compares features of the teacher and of a student, so that all
+    encoders need one width: where the hidden size is another, a linear layer projects it.
+
+    Args:
+        hidden_size: The width of the hidden state.
+        feature_size: d, the width of the feature.
+        num_classes: C.
+    """
+
+    def __init__(self, hidden_size: int, feature_size: int, num_classes: int) -> None:
+        super().__init__()
+        self.projection = (
+            nn.Identity() if hidden_size == feature_size else nn.Linear(hidden_size, feature_size)
+        )
+        self.classifier = nn.Linear(feature_size, num_classes)
+
+    def forward(self, pooled: Tensor, present: Tensor | None = None) -> EncoderOutput:
+        """Project and classify.
+
+        Args:
+            pooled: ``[B, hidden_size]``.
+            present: ``[B]``, bool: the feature is zero where it is false; ``None``: all are there.
+
+        Returns:
+            Features ``[B, d]`` and logits ``[B, C]``, float32 under any autocast.
+        """
+        features = self.projection(pooled).float()
+        if present is not None:
+            features = features.masked_fill(~present.unsqueeze(-1), 0.0)
+        return EncoderOutput(features, self.classifier(features).float())
+
+
+def _transformers() -> Any:  # noqa: ANN401
+    """Import transformers, which takes seconds, only when an encoder is wanted.
+
+    Its reports about loaded weights are silenced, as :func:`load_body` checks them, and so is its
+    progress bar; that of downloads stays.
+    """
+    transformers = import_module("transformers")
+    downloads = import_module("huggingface_hub.utils")
+    transformers.logging.set_verbosity_error()
+    if not downloads.are_progress_bars_disabled():
+        transformers.logging.disable_progress_bar()
+        downloads.enable_progress_bars()
+    return transformers
+
+
+def _parameters(architecture: type) -> set[str]:
+    return set(inspect.signature(architecture).parameters)
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""TelME on MELD."""
