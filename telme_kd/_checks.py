@@ -28,6 +28,10 @@ if TYPE_CHECKING:  # not every build of torch has it
     from torch.distributed import ProcessGroup
 
 
+_BACKENDS: tuple[str, ...] = get_args(Backend)
+_ATTEND_OVER: tuple[str, ...] = get_args(AttendOver)
+
+
 def matrix_pair(
     student: Tensor,
     teacher: Tensor,
@@ -169,11 +173,14 @@ def shift_pair(anchor: Tensor, displacement: Tensor) -> None:
     same_device("displacement", displacement, "anchor", anchor)
 
 
-def positive(name: str, value: float) -> float:
-    """Return a finite number above 0 as a float."""
-    number = _real(name, value, "a finite number > 0")
-    if not number > 0:
-        raise RangeError(f"{name}: expected a finite number > 0, got {value!r}; 1.0 is neutral")
+def positive_temperature(value: float) -> float:
+    """Return a temperature as a float: finite and above 0, as is its square, which scales DIST."""
+    number = _real("temperature", value, "a finite number > 0")
+    if not (number > 0 and 0 < number * number < math.inf):
+        raise RangeError(
+            f"temperature: expected a finite number > 0 whose square is too, got {value!r}; "
+            "1.0 is neutral"
+        )
     return number
 
 
@@ -229,12 +236,12 @@ def axis_of(name: str, axis: int, value_name: str, value: Tensor) -> int:
 
 def backend_word(backend: str) -> None:
     """Check the name of a backend."""
-    _word("backend", backend, get_args(Backend))
+    _word("backend", backend, _BACKENDS)
 
 
 def attend_over_word(attend_over: str) -> None:
     """Check what the fusion's attention runs over."""
-    _word("attend_over", attend_over, get_args(AttendOver))
+    _word("attend_over", attend_over, _ATTEND_OVER)
 
 
 def group_word(group: object) -> None:

@@ -18,6 +18,13 @@ from telme_kd.errors import BackendError
 from telme_kd.reference.batch_similarity import batch_similarity_loss
 from telme_kd.reference.dist import dist_loss
 
+# Asked once: torch.compile of torch 2.6 cannot trace the question.
+_AUTOCAST_DEVICES = frozenset(
+    kind
+    for kind in ("cpu", "cuda", "hpu", "ipu", "maia", "mps", "mtia", "xla", "xpu")
+    if torch.amp.is_autocast_available(kind)
+)
+
 Operator: TypeAlias = Literal["dist_loss", "batch_similarity_loss"]
 
 
@@ -100,6 +107,6 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 
 def outside_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which autocast leaves the dtypes on a device alone."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

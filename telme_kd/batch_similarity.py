@@ -77,7 +77,7 @@ def batch_similarity_loss(
         may_be_empty=group is not None,
         remedy="project the student's features to the teacher's width first",
     )
-    temperature = _checks.positive("temperature", temperature)
+    temperature = _checks.positive_temperature(temperature)
     _checks.group_word(group)
     implementation = choose("batch_similarity_loss", backend, (student_features, teacher_features))
 
@@ -128,7 +128,7 @@ class BatchSimilarityLoss(nn.Module):
         super().__init__()
         _checks.group_word(group)
         _checks.backend_word(backend)
-        self.temperature = _checks.positive("temperature", temperature)
+        self.temperature = _checks.positive_temperature(temperature)
         self.group = group
         self.backend = backend
 

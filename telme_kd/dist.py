@@ -99,7 +99,7 @@ def dist_loss(
         may_be_empty=group is not None,
         remedy=_SHAPE_REMEDY,
     )
-    temperature = _checks.positive("temperature", temperature)
+    temperature = _checks.positive_temperature(temperature)
     inter_weight = _checks.non_negative("inter_weight", inter_weight)
     intra_weight = _checks.non_negative("intra_weight", intra_weight)
     eps = _checks.optional_eps(eps)
@@ -230,7 +230,7 @@ class DISTLoss(nn.Module):
         super().__init__()
         _checks.group_word(group)
         _checks.backend_word(backend)
-        self.temperature = _checks.positive("temperature", temperature)
+        self.temperature = _checks.positive_temperature(temperature)
         self.inter_weight = _checks.non_negative("inter_weight", inter_weight)
         self.intra_weight = _checks.non_negative("intra_weight", intra_weight)
         self.eps = _checks.optional_eps(eps)

@@ -114,4 +114,4 @@ def _column_units(log_probabilities: Tensor, mask: Tensor | None) -> Tensor:
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return values.mean()
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
