@@ -54,7 +54,7 @@ _IMPLEMENTATIONS: dict[Operator, tuple[Implementation, ...]] = {
 }
 
 
-def available_backends() -> tuple[Backend, ...]:
+def available_backends() -> tuple[str, ...]:
     """Return the names that ``backend=`` accepts here, beside ``"auto"``.
 
     Example:

@@ -205,7 +205,7 @@ class DISTLoss(nn.Module):
 
     Raises:
         RangeError: a number or word is out of range.
-        DTypeError: a number is of another type.
+        DTypeError: an argument is of another type.
 
     Example:
         >>> import torch

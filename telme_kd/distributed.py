@@ -2,8 +2,9 @@
 
 A relational loss is a statistic of its batch, so the mean of per-process losses is another
 objective. With ``group`` given, every process computes the loss of the whole batch from everyone's
-rows. That costs two all-gathers of the rows, one of the sizes, and a copy of the whole batch in
-each process; there is no communication in the backward pass.
+rows. That costs an all-gather of the sizes, which are read on the host, one each of the students'
+and the teachers' rows, one of the masks if there are any, and a copy of the whole batch in each
+process; there is no communication in the backward pass.
 """
 
 from collections.abc import Sequence

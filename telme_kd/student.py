@@ -11,7 +11,14 @@ from telme_kd.dist import DISTLoss
 
 
 class StudentLossTerms(NamedTuple):
-    """The terms of Eq. 6, each a scalar () before its weight, and their weighted sum."""
+    """The terms of Eq. 6, scalars () in float32 or float64.
+
+    Attributes:
+        total: the weighted sum, which has the gradient of a training step.
+        classification: the cross-entropy.
+        response: the DIST loss before its weight; 0 if the weight is 0.
+        feature: the batch-similarity loss before its weight; 0 if the weight is 0.
+    """
 
     total: Tensor
     classification: Tensor

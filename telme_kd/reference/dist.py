@@ -11,8 +11,8 @@ CONSTANT_GRADIENT_LIKE = 0.1
 """With ``eps=None``, a constant vector is pulled as hard as one varying by this share of its norm.
 
 Pulled as hard as at ``RELATIVE_FLOOR``, a zero-initialised head is thrown so far by its first step
-that it never learns as well; not pulled at all, it stays constant if nothing else moves it. Both
-numbers are outcomes of ``benchmarks/bench_relative_floor.py``; the theory page shows them.
+that it never learns as well; not pulled at all, DIST alone would never move it. The experiment
+behind both numbers is ``benchmarks/bench_relative_floor.py``; the theory page shows its outcome.
 """
 
 

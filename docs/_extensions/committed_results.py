@@ -1,0 +1,397 @@
+"""Write the pages' tables and pictures from the results that are committed under ``benchmarks/``.
+
+No measured number is typed into a page: before Sphinx reads its sources, this extension writes
+``_generated/``, which the pages include. A measurement that a page argues from must be there, and
+a build without it fails. The pipelines' results are reported where they exist.
+"""
+
+import importlib
+import io
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from textwrap import indent
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
+
+Row = dict[str, Any]
+
+CORPORA = ("meld", "iemocap")
+COLOURS = {
+    "light": {"ink": "#1d2129", "muted": "#5b6675", "grid": "#e1e5ea", "mark": "#0072b2"},
+    "dark": {"ink": "#e7eaef", "muted": "#a0abba", "grid": "#3a434f", "mark": "#56b4e9"},
+}
+
+
+def generate(app: Sphinx) -> None:
+    """Write every generated file; those that would not change are left alone."""
+    results = (Path(app.confdir) / app.config.committed_results).resolve()
+    folder = Path(app.srcdir) / "_generated"
+    folder.mkdir(exist_ok=True)
+
+    floor = _read(results / "relative_floor--cpu.json", "bench_relative_floor.py")
+    _write(folder / "relative-floor.rst", relative_floor(floor))
+    for theme in COLOURS:
+        _write(folder / f"relative-floor-{theme}.svg", relative_floor_picture(floor, theme))
+
+    faults = _read(results / "released_faults--cpu.json", "bench_released_faults.py")
+    _write(folder / "released-losses.rst", released_faults(faults, LOSS_FAULTS))
+    _write(folder / "released-fusion.rst", released_faults(faults, FUSION_FAULTS))
+    _write(folder / "released-annotations.rst", released_annotations(faults))
+
+    _write(folder / "recipes.rst", recipes())
+    for corpus in CORPORA:
+        path = results / f"pipeline--{corpus}--features.json"
+        _write(folder / f"results-{corpus}.rst", pipeline_results(corpus, path))
+
+
+# The relative floor ------------------------------------------------------------------------------
+
+
+def relative_floor(document: Row) -> str:
+    """Tables of accuracy and of gradient norms: a line per definition, a column per training."""
+    rows, count = document["rows"], document["seeds"]
+    pieces = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        pieces.append(
+            _floor_table(
+                f"{task.capitalize()}: test accuracy in percent, mean ± standard deviation over "
+                f"{count} seeds",
+                document,
+                task,
+                lambda row: _percent(row["accuracy"]),
+            )
+        )
+    for task in dict.fromkeys(row["task"] for row in rows):
+        pieces.append(
+            _floor_table(
+                f"{task.capitalize()}: largest gradient norm of a run, mean over {count} seeds",
+                document,
+                task,
+                lambda row: _short(row["largest_gradient_norm"]["mean"]),
+            )
+        )
+    pieces += [_picture(f"relative-floor-{theme}.svg", theme) for theme in COLOURS]
+    return "\n".join([*pieces, _provenance(document)])
+
+
+def _floor_table(title: str, document: Row, task: str, cell: Callable[[Row], str]) -> str:
+    rows = document["rows"]
+    trainings = [training for training in _trainings(rows) if training[0] == task]
+    heads = ["Start", "Correlation", *(_regime(*training[1:]) for training in trainings)]
+    lines = [
+        [
+            *_definition_name(definition, document["chosen"]),
+            *(cell(_find(rows, definition, training)) for training in trainings),
+        ]
+        for definition in _definitions(rows)
+    ]
+    return _table(title, heads, lines)
+
+
+def relative_floor_picture(document: Row, theme: str) -> bytes:
+    """Draw the accuracies: a panel per training, a line per definition, the chosen one filled."""
+    colours = COLOURS[theme]
+    rows, chosen = document["rows"], document["chosen"]
+    definitions, trainings = _definitions(rows), _trainings(rows)
+    tasks = list(dict.fromkeys(task for task, _, _ in trainings))
+    columns = len(trainings) // len(tasks)
+    figure = Figure(figsize=(8.6, 2.9 * len(tasks)), layout="constrained", facecolor="none")
+    panels = figure.subplots(len(tasks), columns, sharey=True, sharex="row", squeeze=False)
+    for axes, training in zip(panels.flat, trainings, strict=True):
+        _dress(axes, colours)
+        title = f"{training[0]}, {_regime(*training[1:])}"
+        axes.set_title(title, loc="left", size=9, color=colours["ink"])
+        for line, definition in enumerate(definitions):
+            accuracy = _find(rows, definition, training)["accuracy"]
+            axes.errorbar(
+                100 * accuracy["mean"],
+                line,
+                xerr=100 * accuracy["standard_deviation"],
+                fmt="o",
+                markersize=5,
+                color=colours["mark"],
+                markerfacecolor=colours["mark"] if _is_chosen(definition, chosen) else "none",
+                elinewidth=1.2,
+            )
+        axes.set_yticks(
+            range(len(definitions)),
+            [", ".join(_definition_name(definition, None)) for definition in definitions],
+        )
+        axes.set_ylim(len(definitions) - 0.5, -0.5)
+    for axes in panels[-1]:
+        axes.set_xlabel("Test accuracy, %", size=8.5, color=colours["muted"])
+    drawn = io.BytesIO()
+    with rc_context({"svg.hashsalt": "telme-kd"}):
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
+    return drawn.getvalue()
+
+
+def _dress(axes: Axes, colours: dict[str, str]) -> None:
+    axes.set_facecolor("none")
+    axes.spines[:].set_visible(False)
+    axes.grid(color=colours["grid"], linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelsize=8, labelcolor=colours["ink"])
+
+
+Definition = tuple[str, float | None, float, float]
+Training = tuple[str, float, int]
+
+
+def _definitions(rows: Iterable[Row]) -> list[Definition]:
+    """Start, eps, floor and the variation that a constant is pulled like, in order."""
+    return list(
+        dict.fromkeys(
+            (row["initialisation"], row["eps"], row["floor"], row["constant_like"]) for row in rows
+        )
+    )
+
+
+def _trainings(rows: Sequence[Row]) -> list[Training]:
+    """Task, temperature and batch size, task after task."""
+    found = {(row["task"], row["temperature"], row["batch_size"]) for row in rows}
+    tasks = dict.fromkeys(row["task"] for row in rows)
+    regimes = dict.fromkeys((row["temperature"], row["batch_size"]) for row in rows)
+    ordered = [(task, *regime) for task, regime in product(tasks, regimes)]
+    return [training for training in ordered if training in found]
+
+
+def _find(rows: Iterable[Row], definition: Definition, training: Training) -> Row:
+    for row in rows:
+        if (
+            row["initialisation"],
+            row["eps"],
+            row["floor"],
+            row["constant_like"],
+        ) == definition and (row["task"], row["temperature"], row["batch_size"]) == training:
+            return row
+    raise ExtensionError(
+        f"relative_floor--cpu.json: expected a row for {definition} in {training}, got none; "
+        "run the experiment to its end"
+    )
+
+
+def _regime(temperature: float, batch_size: int) -> str:
+    return f"τ = {temperature:g}, B = {batch_size}"
+
+
+def _definition_name(definition: Definition, chosen: Row | None) -> tuple[str, str]:
+    start, eps, floor, constant_like = definition
+    if eps is not None:
+        return start, f"ε = {_constant(eps)}"
+    name = f"δ = {_constant(floor)}, κ = {_constant(constant_like)}"
+    if chosen is not None and _is_chosen(definition, chosen):
+        name = f"**{name}**"
+    return start, name
+
+
+def _is_chosen(definition: Definition, chosen: Row) -> bool:
+    _, eps, floor, constant_like = definition
+    return eps is None and (floor, constant_like) == (chosen["floor"], chosen["constant_like"])
+
+
+def _percent(measured: Row) -> str:
+    return f"{100 * measured['mean']:.1f} ± {100 * measured['standard_deviation']:.1f}"
+
+
+def _constant(value: float) -> str:
+    return f"{value:g}".replace("e-0", "e-")
+
+
+# Faults of the released code ---------------------------------------------------------------------
+
+LOSS_FAULTS = {
+    "equal_logits_7": "DIST over τ² for equal logits, [64, 7], τ = 4 (0 is right)",
+    "equal_logits_1000": "The same, [64, 1000]",
+    "equal_logits_50000": "The same, [64, 50000]",
+    "zero_head_gradient": "Largest gradient entry for zero logits, [4, 7], τ = 4",
+    "half_precision_nan": "NaN in three degenerate float16 batches",
+    "features_at_1e20": "Batch similarity of features of magnitude 1e20, [8, 768]",
+}
+FUSION_FAULTS = {
+    "company": "Largest change of a logit if an utterance comes alone, not in a batch of 32",
+    "shift_at_1e18": "Share of NaN in a shift at magnitude 1e18 to 1e20, float32",
+}
+ANNOTATION_FAULTS = {
+    "meld_train_utterances_with_control_characters": (
+        "MELD training utterances with control characters in place of punctuation"
+    ),
+    "meld_train_dialogues_whose_first_speaker_is_not_the_first": (
+        "MELD training dialogues whose first speaker is not given the first speaker token"
+    ),
+    "iemocap_train_utterances_beyond_nine_speaker_tokens": (
+        "IEMOCAP training utterances whose speaker token is beyond the nine that are registered"
+    ),
+}
+
+
+def released_faults(document: Row, faults: dict[str, str]) -> str:
+    """A table of what the released formulas give, beside this library."""
+    rows = [
+        [text, _short(document["rows"][key]["released"]), _short(document["rows"][key]["telme_kd"])]
+        for key, text in faults.items()
+    ]
+    heads = ["Case", "Released", "telme-kd"]
+    return "\n".join([_table("", heads, rows, words=1), _provenance(document)])
+
+
+def released_annotations(document: Row) -> str:
+    """A table of faults in the released annotation files and their reading."""
+    rows = [
+        [text, str(document["rows"][key]["released"]), str(document["rows"][key]["of"])]
+        for key, text in ANNOTATION_FAULTS.items()
+        if key in document["rows"]
+    ]
+    heads = ["Fault", "Count", "Of"]
+    return "\n".join([_table("", heads, rows, words=1), _provenance(document)])
+
+
+# The pipelines' recipes --------------------------------------------------------------------------
+
+
+def recipes() -> str:
+    """Two tables of every number of every recipe: those that differ, and those that do not."""
+    columns: dict[str, dict[str, str]] = {}
+    for corpus in CORPORA:
+        module = importlib.import_module(f"examples.{corpus}.recipes")
+        for recipe in module.RECIPES.values():
+            columns[f"{corpus.upper()}, {recipe.name}"] = dict(_numbers(asdict(recipe)))
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    rows = [[name, *(column[name] for column in columns.values())] for name in names]
+    alike = [[name, value] for name, value, *others in rows if {*others} <= {value}]
+    differing = [row for row in rows if [*row[:2]] not in alike]
+    return "\n".join(
+        [
+            _table("Where the recipes differ", ["", *columns], differing, words=1),
+            _table("What they have in common", ["", "All"], alike, words=1),
+        ]
+    )
+
+
+def _numbers(recipe: Row, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The leaves of a recipe, named by where they stand."""
+    for name, value in recipe.items():
+        label = prefix + name.replace("num_", "number of ").replace("_", " ")
+        if isinstance(value, dict):
+            inner = prefix if name == "optimisation" else f"{label.capitalize()}: "
+            yield from _numbers(value, inner)
+        elif prefix:
+            yield label, "none" if value is None else _leaf(value)
+
+
+def _leaf(value: object) -> str:
+    return _constant(value) if isinstance(value, float) else str(value)
+
+
+# The pipelines' results --------------------------------------------------------------------------
+
+
+def pipeline_results(corpus: str, path: Path) -> str:
+    """The tables of a committed pipeline run, or a note that says why there are none."""
+    if not path.is_file():
+        return f".. note::\n\n   No results for {corpus.upper()} are committed in this version.\n"
+    try:
+        report = importlib.import_module("examples.erc.report")
+    except ModuleNotFoundError as error:
+        return (
+            f".. note::\n\n   The results are left out: this build has no package {error.name}, "
+            "which the pipelines need.\n"
+        )
+    document = json.loads(path.read_text(encoding="utf-8"))
+    versions = ", ".join(f"{name} {value}" for name, value in document["versions"].items())
+    made = f"From ``{document['command']}``, recipe *{document['recipe']}* ({versions})."
+    tables: str = report.rst_tables(document)
+    unbroken = tables.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+    return ".. container:: results\n\n" + indent(f"{unbroken}\n{made}\n", "   ")
+
+
+# reStructuredText --------------------------------------------------------------------------------
+
+
+def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 2) -> str:
+    """A list table; the columns after the first ``words`` hold numbers."""
+    lines = [
+        f".. list-table:: {title}".rstrip(),
+        "   :header-rows: 1",
+        f"   :class: numbers-from-{words + 1}",
+        "",
+    ]
+    for row in (heads, *rows):
+        lines += [f"   {' ' if index else '*'} - {cell}".rstrip() for index, cell in enumerate(row)]
+    return "\n".join([*lines, ""])
+
+
+def _picture(name: str, theme: str) -> str:
+    return "\n".join(
+        [
+            f".. image:: /_generated/{name}",
+            "   :alt: The accuracies of the table above, drawn with their standard deviations.",
+            f"   :class: only-{theme}",
+            "",
+        ]
+    )
+
+
+def _provenance(document: Row) -> str:
+    versions = ", ".join(f"{name} {value}" for name, value in document["versions"].items())
+    device, command = document["device"].upper(), document["command"]
+    return f"Measured on the {device} with ``{command}`` ({versions}).\n"
+
+
+def _short(value: float) -> str:
+    """A number to three figures, or two and a power of ten where it is far from one."""
+    if value == 0 or 0.01 <= abs(value) < 100:
+        return f"{value:.3g}"
+    if 100 <= abs(value) < 1e4:
+        return f"{float(f'{value:.3g}'):,.0f}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}\N{MULTIPLICATION SIGN}10\\ :sup:`{int(exponent)}`".replace(
+        "-", "\N{MINUS SIGN}"
+    )
+
+
+# Files -------------------------------------------------------------------------------------------
+
+
+def _read(path: Path, script: str) -> Row:
+    """Read a result file that a page cannot do without."""
+    if not path.is_file():
+        raise ExtensionError(
+            f"{path}: expected the committed result that a page shows, found no such file; "
+            f"run `python benchmarks/{script}` and commit what it writes"
+        )
+    try:
+        document: Row = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"rows", "versions", "command", "device"} - document.keys()
+    except (ValueError, AttributeError) as error:
+        raise ExtensionError(f"{path}: expected a JSON object ({error}); restore it") from error
+    if missing:
+        raise ExtensionError(f"{path}: expected {sorted(missing)} too; run {script} again")
+    return document
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all, and only if its content changes."""
+    data = content.encode() if isinstance(content, str) else content
+    if path.is_file() and path.read_bytes() == data:
+        return
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(data)
+    Path(file.name).replace(path)
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Register the extension."""
+    version = importlib.import_module("telme_kd").__version__
+    app.add_config_value("committed_results", f"../benchmarks/results/{version}", "env", (str,))
+    app.connect("builder-inited", generate)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
