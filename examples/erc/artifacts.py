@@ -1,0 +1,214 @@
+"""The results of finished stages on disk: whole or not there, fingerprinted, verified, reused.
+
+A stage is a folder with ``model.safetensors`` (its weights), ``outputs.safetensors`` (all that its
+model says about the three splits) and ``stage.json``, which is written last and makes it valid.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from examples.erc.errors import InputError
+from examples.erc.source import JSON
+from examples.erc.training import Trained
+
+FORMAT = 1
+"""Raised whenever the same settings would give another result, or the files change their form."""
+
+WEIGHTS = "model.safetensors"
+OUTPUTS = "outputs.safetensors"
+STAGE = "stage.json"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished stage.
+
+    Attributes:
+        folder: Where it is.
+        record: Its history, selected epoch and seconds.
+        identity: The SHA-256 of its settings and its content: what a stage that builds on it names
+            in its own settings.
+    """
+
+    folder: Path
+    record: Mapping[str, Any]
+    identity: str
+
+    def outputs(self, split: str) -> dict[str, Tensor]:
+        """What its model says about a split: ``logits`` and, of an encoder, ``features``."""
+        with safe_open(self.folder / OUTPUTS, framework="pt") as file:
+            prefix = f"{split}."
+            return {
+                name.removeprefix(prefix): file.get_tensor(name)
+                for name in file.keys()  # noqa: SIM118
+                if name.startswith(prefix)
+            }
+
+
+class _DamageError(Exception):
+    """A stage that claims to be valid and is not; the message says which part and how."""
+
+
+def obtain(
+    folder: Path, title: str, settings: Mapping[str, JSON], compute: Callable[[], Trained]
+) -> Artifact:
+    """Take a stage from its folder, or compute it and put it there.
+
+    Prints one line: the stage was kept, or what it scored and how long it took. A stage with other
+    settings is computed again; so is a damaged one, after a warning.
+
+    Args:
+        folder: Of this stage alone.
+        title: Of the stage, for that line.
+        settings: Everything that the result depends on, upstream identities included.
+        compute: Trains it.
+
+    Returns:
+        The stage.
+    """
+    fingerprint = sha256(canonical({"format": FORMAT, **settings}))
+    try:
+        artifact = _read(folder, fingerprint)
+    except _DamageError as damage:
+        print(f"warning: {title}: {damage}; computing it again", file=sys.stderr, flush=True)
+        artifact = None
+    verb = "kept, "
+    if artifact is None:
+        verb = ""
+        artifact = _write(folder, fingerprint, settings, compute())
+    record = artifact.record
+    best = max(epoch["dev_weighted_f1"] for epoch in record["history"])
+    print(
+        f"{title}: {verb}dev {100 * best:.2f} (epoch {record['selected_epoch']} of "
+        f"{len(record['history'])}), {record['seconds']:.1f} s",
+        flush=True,
+    )
+    return artifact
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a run folder, which is made if it is not there.
+
+    Raises:
+        InputError: Another run is at work there, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a")
+    except OSError as error:
+        raise InputError(
+            f"{folder}: expected a folder to write to ({error.strerror}); choose another --output"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(
+                f"{folder}: expected no other run in this folder, but one is at work there; "
+                "wait for it, or choose another --output"
+            ) from error
+        yield
+
+
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all, and make sure that it stays.
+
+    Args:
+        path: The file; its folder exists.
+        write: Writes the content to the path that it is given, in the same folder.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write(partial)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def canonical(value: JSON) -> bytes:
+    """The one way to write a JSON value: sorted keys, no spaces, UTF-8."""
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
+
+
+def sha256(data: bytes) -> str:
+    """The SHA-256 of some bytes, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(folder: Path, fingerprint: str) -> Artifact | None:
+    """Verify what is there; ``None`` if there is nothing, or something with other settings."""
+    if not (folder / STAGE).exists():
+        return None
+    try:
+        stage = json.loads((folder / STAGE).read_text(encoding="utf-8"))
+        seal = stage.pop("seal")
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise _DamageError(f"{STAGE} is damaged") from error
+    if seal != sha256(canonical(stage)):
+        raise _DamageError(f"{STAGE} is damaged")
+    if stage["fingerprint"] != fingerprint:
+        return None
+    for name, expected in stage["files"].items():
+        if not (folder / name).exists():
+            raise _DamageError(f"{name} is missing")
+        if file_sha256(folder / name) != expected:
+            raise _DamageError(f"{name} is damaged")
+    return _artifact(folder, stage)
+
+
+def _write(
+    folder: Path, fingerprint: str, settings: Mapping[str, JSON], trained: Trained
+) -> Artifact:
+    folder.mkdir(parents=True, exist_ok=True)
+    # From here until the new one stands, the folder holds no valid stage.
+    (folder / STAGE).unlink(missing_ok=True)
+    outputs = {
+        f"{split}.{name}": values.contiguous()
+        for split, fields in trained.outputs.items()
+        for name, values in fields.items()
+    }
+    replace(folder / WEIGHTS, lambda path: save_file(trained.weights, path))
+    replace(folder / OUTPUTS, lambda path: save_file(outputs, path))
+    stage: dict[str, JSON] = {
+        "fingerprint": fingerprint,
+        "settings": settings,
+        "files": {name: file_sha256(folder / name) for name in (WEIGHTS, OUTPUTS)},
+        "record": trained.record(),
+    }
+    sealed = {**stage, "seal": sha256(canonical(stage))}
+    text = json.dumps(sealed, indent=2, ensure_ascii=False) + "\n"
+    replace(folder / STAGE, lambda path: path.write_text(text, encoding="utf-8"))
+    return _artifact(folder, stage)
+
+
+def _artifact(folder: Path, stage: Mapping[str, Any]) -> Artifact:
+    identity = sha256(canonical({key: stage[key] for key in ("fingerprint", "files")}))
+    return Artifact(folder, stage["record"], identity)

@@ -1,0 +1,249 @@
+"""The command line that both corpora share."""
+
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from examples.erc.errors import InputError, TrainingError
+from examples.erc.recipe import Optimisation, Recipe
+
+# PyTorch and transformers take seconds to import. Whatever needs them is imported where it is used,
+# so that --help and a mistyped option are answered at once.
+if TYPE_CHECKING:
+    from examples.erc.source import Source
+
+MODALITIES = ("text", "audio", "visual")
+"""As in :mod:`examples.erc.source`, which needs PyTorch."""
+
+SYNTHETIC_SEED = 0
+"""The synthetic corpus is the same in every run."""
+
+INTERRUPTED = 130
+"""The exit status after Ctrl-C: 128 and the number of the signal."""
+
+
+def make_command(name: str, title: str) -> click.Group:
+    """Make the command of a corpus, ``python -m examples.<name>``.
+
+    Args:
+        name: The package of the corpus in ``examples``.
+        title: The corpus as people write it.
+
+    Returns:
+        A group that runs the pipeline when no other command is named.
+    """
+
+    @click.group(
+        invoke_without_command=True,
+        subcommand_metavar="",
+        context_settings={"max_content_width": 100},
+        help=f"""Train and evaluate TelME on {title}: a text teacher, the students that it teaches,
+        and the fusion of them all.
+
+        Say what to train on with exactly one of --features, --raw and --synthetic. Finished stages
+        are kept in the output folder, and the same command goes on where it was stopped.""",
+    )
+    @click.option(
+        "--features", type=_FOLDER, help="Train light encoders on features extracted before."
+    )
+    @click.option("--raw", type=_FOLDER, help="Train pretrained encoders on the published corpus.")
+    @click.option(
+        "--synthetic", is_flag=True, help="Train tiny encoders on clips made up on the spot."
+    )
+    @click.option(
+        "--modalities",
+        metavar="NAMES",
+        help="Some of text,audio,visual; text is always used.  [default: all that are present]",
+    )
+    @click.option(
+        "--seeds", type=_ONE_OR_MORE, default=1, show_default=True, help="How many seeds to train."
+    )
+    @click.option(
+        "--recipe",
+        type=click.Choice(["paper", "released"]),
+        default="released",
+        show_default=True,
+        help="Whose numbers: the paper's, or those of the code released with it.",
+    )
+    @click.option("--epochs", type=_ONE_OR_MORE, help="Epochs of every stage, at most.")
+    @click.option(
+        "--batch-size",
+        type=click.IntRange(min=3),
+        help="Rows in a batch of every stage; a relation needs at least three.",
+    )
+    @click.option(
+        "--output",
+        type=_FOLDER,
+        help=f"Where everything goes.  [default: runs/{name}-features, -raw or -synthetic]",
+    )
+    @click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+        default="auto",
+        show_default=True,
+        help="What to train on.",
+    )
+    @click.option(
+        "--mixed-precision",
+        type=click.Choice(["no", "fp16", "bf16"]),
+        default="no",
+        show_default=True,
+        help="The precision of the encoders; losses are computed in float32.",
+    )
+    @click.option("--text-encoder", metavar="NAME_OR_FOLDER", help="With --raw: the teacher.")
+    @click.option("--audio-encoder", metavar="NAME_OR_FOLDER", help="With --raw: a student.")
+    @click.option("--visual-encoder", metavar="NAME_OR_FOLDER", help="With --raw: a student.")
+    @click.pass_context
+    def command(context: click.Context, /, **options: Any) -> None:  # noqa: ANN401
+        if context.invoked_subcommand is None:
+            _guard(context, lambda: _run(name, title, options, _typed(name, context)))
+
+    return command
+
+
+_FOLDER = click.Path(path_type=Path)
+_ONE_OR_MORE = click.IntRange(min=1)
+
+
+def _guard(context: click.Context, work: Callable[[], None]) -> None:
+    """End in one line, not in a traceback, whatever the user can do something about."""
+    try:
+        work()
+    except InputError as error:
+        _end(context, f"error: {error}", 2)
+    except TrainingError as error:
+        _end(context, f"error: {error}", 1)
+    except OSError as error:
+        _end(context, f"error: {error}; what is finished is kept", 1)
+    except KeyboardInterrupt:
+        _end(
+            context,
+            "\ninterrupted: finished stages are kept; the same command goes on from there",
+            INTERRUPTED,
+        )
+
+
+def _end(context: click.Context, line: str, status: int) -> None:
+    click.echo(line, err=True)
+    context.exit(status)
+
+
+def _run(name: str, title: str, options: dict[str, Any], typed: str) -> None:
+    kind = _kind(options)
+    modalities = _modalities(options["modalities"])
+    encoders = _encoders(options, kind)
+    folder: Path = options["output"] or Path("runs") / f"{name}-{kind}"
+    recipe: Recipe = import_module(f"examples.{name}.recipes").RECIPES[options["recipe"]]
+
+    from examples.erc import report
+    from examples.erc.pipeline import run
+    from examples.erc.training import Hardware
+
+    hardware = Hardware(options["device"], options["mixed_precision"])
+    source: Source
+    if kind == "features":
+        import torch
+
+        from examples.erc.features import FeatureSource
+
+        # The matrices are small: threads would wait for each other, and with other work on the
+        # machine a step takes five times as long (88 ms for 16). One thread also sums in one order.
+        torch.set_num_threads(1)
+        source = FeatureSource(options["features"], name, modalities)
+    elif kind == "raw":
+        from examples.erc.raw import DEFAULT_ENCODERS, RawSource
+
+        chosen = {
+            modality: encoders.get(modality) or DEFAULT_ENCODERS[modality]
+            for modality in modalities or MODALITIES
+        }
+        corpus = import_module(f"examples.{name}.corpus").read(options["raw"])
+        source = RawSource(corpus, title, encoders=chosen)
+    else:
+        from examples.synthetic.source import SyntheticSource
+
+        source = SyntheticSource(name, title, folder, modalities or MODALITIES, SYNTHETIC_SEED)
+    settled = _settle(recipe, source, options["epochs"], options["batch_size"])
+    results = run(source, settled, range(options["seeds"]), folder, hardware, typed)
+    page = report.write(results, folder)
+    click.echo(f"\n{report.table(results)}\n\n{page}")
+
+
+def _kind(options: dict[str, Any]) -> str:
+    kinds = ("features", "raw", "synthetic")
+    given = [kind for kind in kinds if options[kind]]
+    if len(given) != 1:
+        got = " and ".join(f"--{kind}" for kind in given) or "none of them"
+        raise InputError(
+            f"expected exactly one of --features, --raw and --synthetic, got {got}; "
+            "--synthetic needs nothing but this repository"
+        )
+    return given[0]
+
+
+def _modalities(typed: str | None) -> tuple[str, ...] | None:
+    if typed is None:
+        return None
+    names = {name.strip() for name in typed.split(",")} | {"text"}
+    if unknown := sorted(names - {*MODALITIES}):
+        raise InputError(
+            f"--modalities: expected some of {', '.join(MODALITIES)}, separated by commas, got "
+            f"{', '.join(map(repr, unknown))}; text,audio is an example"
+        )
+    return tuple(modality for modality in MODALITIES if modality in names)
+
+
+def _encoders(options: dict[str, Any], kind: str) -> dict[str, str]:
+    """The encoders that were named."""
+    chosen = {modality: options[f"{modality}_encoder"] for modality in MODALITIES}
+    named = {modality: encoder for modality, encoder in chosen.items() if encoder is not None}
+    if named and kind != "raw":
+        raise InputError(
+            f"--{next(iter(named))}-encoder: expected only with --raw, got it with --{kind}, "
+            "which has encoders of its own; leave it out"
+        )
+    return named
+
+
+def _settle(recipe: Recipe, source: "Source", epochs: int | None, batch_size: int | None) -> Recipe:
+    """Say how each phase is really optimised: by the source, by the recipe, and as typed."""
+
+    def settle(own: Optimisation | None, published: Optimisation) -> Optimisation:
+        chosen = own or published
+        return replace(
+            chosen,
+            epochs=epochs or chosen.epochs,
+            batch_size=batch_size or chosen.batch_size,
+        )
+
+    teacher, student, fusion = recipe.teacher, recipe.student, recipe.fusion
+    return replace(
+        recipe,
+        teacher=replace(
+            teacher, optimisation=settle(source.optimisation("teacher"), teacher.optimisation)
+        ),
+        student=replace(
+            student, optimisation=settle(source.optimisation("student"), student.optimisation)
+        ),
+        fusion=replace(
+            fusion, optimisation=settle(source.optimisation("fusion"), fusion.optimisation)
+        ),
+    )
+
+
+def _typed(name: str, context: click.Context) -> str:
+    """The command that the user gave, in a form that a shell takes."""
+    words = ["python", "-m", f"examples.{name}"]
+    for parameter in context.command.params:
+        key = str(parameter.name)
+        if context.get_parameter_source(key) is ParameterSource.COMMANDLINE:
+            words.append(parameter.opts[0])
+            if context.params[key] is not True:
+                words.append(str(context.params[key]))
+    return shlex.join(words)

@@ -1,0 +1,274 @@
+"""A folder of features that were extracted before, read and checked from end to end.
+
+It holds ``features.npz`` and ``meta.json``. The arrays ``label``, ``split`` (0 train, 1 dev,
+2 test), ``dialogue`` and ``speaker`` are integers, ``[N]``; every array ``text_*``, ``audio_*`` or
+``visual_*`` is ``[N, width]``. A mask, ``[N]``, is called ``<modality>_mask`` or ``<array>_mask``;
+it is 0 where there was nothing to extract from. ``meta.json`` names the ``dataset`` and its
+``labels``, and gives the ``start``, the ``length`` and the ``speakers`` of each of its
+``dialogues``, in row order.
+"""
+
+import hashlib
+import json
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from examples.erc.errors import InputError
+from examples.erc.source import MODALITIES, SPLITS
+
+Array: TypeAlias = npt.NDArray[Any]
+
+ARRAYS = "features.npz"
+META = "meta.json"
+
+
+class Measured(NamedTuple):
+    """One array of features.
+
+    Attributes:
+        name: As in the file.
+        values: float32, ``[N, width]``; finite where there is something.
+        there: bool, ``[N]``: false where there was nothing to extract from.
+    """
+
+    name: str
+    values: Array
+    there: Array
+
+
+@dataclass(frozen=True)
+class FeatureFolder:
+    """What the folder holds.
+
+    Attributes:
+        dataset: The corpus as people write it.
+        labels: The C class names, in index order.
+        label: int64, ``[N]``.
+        speaker: int64, ``[N]``, an index within the dialogue.
+        start: int64, ``[N]``: the first row of the row's dialogue.
+        rows: For each split its rows, in order; none is empty.
+        modalities: The arrays of each modality that is there, by name; modalities in order.
+        sha256: The digest of each file.
+    """
+
+    dataset: str
+    labels: tuple[str, ...]
+    label: Array
+    speaker: Array
+    start: Array
+    rows: Mapping[str, Array]
+    modalities: Mapping[str, tuple[Measured, ...]]
+    sha256: Mapping[str, str]
+
+
+def read(folder: Path, corpus: str) -> FeatureFolder:
+    """Read a folder of features.
+
+    Args:
+        folder: With ``features.npz`` and ``meta.json``.
+        corpus: The name that ``meta.json`` has to give as its dataset, in any case.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        InputError: A file or an array is missing, does not fit the others or is out of range; the
+            message says which, where, and how to mend it.
+    """
+    meta = _read_meta(folder / META, corpus)
+    arrays = _read_arrays(folder / ARRAYS)
+    count = _check_rows(arrays, meta)
+    measured = {modality: tuple(_read_modality(modality, arrays, count)) for modality in MODALITIES}
+    return FeatureFolder(
+        dataset=meta["dataset"],
+        labels=tuple(meta["labels"]),
+        label=arrays["label"].astype(np.int64),
+        speaker=arrays["speaker"].astype(np.int64),
+        start=np.repeat(
+            np.array([dialogue["start"] for dialogue in meta["dialogues"]], dtype=np.int64),
+            [dialogue["length"] for dialogue in meta["dialogues"]],
+        ),
+        rows={
+            split: np.flatnonzero(arrays["split"] == index) for index, split in enumerate(SPLITS)
+        },
+        modalities={modality: found for modality, found in measured.items() if found},
+        sha256={
+            name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            for name in (ARRAYS, META)
+        },
+    )
+
+
+def _read_modality(modality: str, arrays: Mapping[str, Array], count: int) -> Iterator[Measured]:
+    for name in sorted(arrays):
+        if not name.startswith(f"{modality}_") or name.endswith("_mask"):
+            continue
+        with np.errstate(over="ignore"):  # too large for float32 is infinite, and refused below
+            values = _require(arrays, name, count, axes=2).astype(np.float32)
+        there = np.ones(count, dtype=bool)
+        for mask in (f"{modality}_mask", f"{name}_mask"):
+            if mask in arrays:
+                there &= _require(arrays, mask, count).astype(bool)
+        if (wrong := np.flatnonzero(there & ~np.isfinite(values).all(axis=1))).size:
+            raise InputError(
+                f"{ARRAYS}, {name}: expected finite numbers, got NaN or infinity in row "
+                f"{wrong[0]}; mend it, or mark the row with 0 in {modality}_mask"
+            )
+        yield Measured(name, values, there)
+
+
+def _read_meta(path: Path, corpus: str) -> dict[str, Any]:
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{path}: expected a file that can be read ({error.strerror}); "
+            f"hand over a folder with {ARRAYS} and {META}"
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{path}: expected JSON, got something else ({error})") from error
+    if not isinstance(meta, dict):
+        raise InputError(f"{path}: expected an object, got a {type(meta).__name__}")
+    dataset, labels, dialogues = (meta.get(key) for key in ("dataset", "labels", "dialogues"))
+    if not isinstance(dataset, str) or dataset.lower() != corpus.lower():
+        raise InputError(
+            f"{path}: expected the dataset {corpus}, got {json.dumps(dataset)[:80]}; "
+            "hand over the features of this corpus, or run the other one's example"
+        )
+    if (
+        not isinstance(labels, list)
+        or len(labels) < 2
+        or not all(isinstance(label, str) and label for label in labels)
+        or len(set(labels)) < len(labels)
+    ):
+        raise InputError(
+            f"{path}: expected two or more different names as labels, got "
+            f"{json.dumps(labels)[:80]}; name the classes in index order"
+        )
+    if not isinstance(dialogues, list) or not dialogues:
+        raise InputError(f"{path}: expected a list of dialogues, got {json.dumps(dialogues)[:80]}")
+    for index, dialogue in enumerate(dialogues):
+        if not (
+            isinstance(dialogue, dict)
+            and all(_whole(dialogue.get(key)) for key in ("start", "length"))
+            and isinstance(dialogue.get("speakers"), list)
+        ):
+            raise InputError(
+                f"{path}: expected each dialogue to have start and length, whole numbers, and "
+                f"speakers, a list; got {json.dumps(dialogue)[:80]} as number {index}"
+            )
+    return meta
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _read_arrays(path: Path) -> dict[str, Array]:
+    """Read the arrays that matter; pickled objects are refused."""
+    needed = ("label", "split", "dialogue", "speaker")
+    try:
+        with zipfile.ZipFile(path):
+            pass  # a lone array, which numpy would load too, is no archive
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {
+                name: file[name]
+                for name in file.files
+                if name in needed or name.startswith(tuple(f"{m}_" for m in MODALITIES))
+            }
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path}: expected a file that can be read ({error.strerror}); "
+            f"hand over a folder with {ARRAYS} and {META}"
+        ) from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(
+            f"{path}: expected an npz file of plain arrays, got one that cannot be read ({error}); "
+            "write it again with numpy.savez"
+        ) from error
+    missing = [name for name in needed if name not in arrays]
+    if missing:
+        raise InputError(
+            f"{path}: expected the arrays {', '.join(needed)}, got none called "
+            f"{', '.join(missing)}; add it"
+        )
+    return arrays
+
+
+def _require(arrays: Mapping[str, Array], name: str, count: int, axes: int = 1) -> Array:
+    """An array of numbers with a row for each utterance."""
+    array = arrays[name]
+    wanted = f"({count},)" if axes == 1 else f"({count}, width)"
+    if array.ndim != axes or len(array) != count or not array.size:
+        raise InputError(
+            f"{ARRAYS}, {name}: expected the shape {wanted}, as label has {count} rows, "
+            f"got {array.shape}; give every array a row for each utterance"
+        )
+    if array.dtype.kind not in ("biu" if axes == 1 else "biuf"):
+        raise InputError(
+            f"{ARRAYS}, {name}: expected {'whole ' if axes == 1 else ''}numbers, got the dtype "
+            f"{array.dtype}; convert it"
+        )
+    return array
+
+
+def _check_rows(arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> int:
+    """Check that the four integer arrays fit each other and the dialogues; return N."""
+    count = arrays["label"].size
+    if not count:
+        raise InputError(f"{ARRAYS}, label: expected a label for each utterance, got none")
+    label, split, dialogue, speaker = (
+        _require(arrays, name, count).astype(np.int64)
+        for name in ("label", "split", "dialogue", "speaker")
+    )
+    _require_range("label", label, len(meta["labels"]), "the labels of meta.json")
+    _require_range("split", split, len(SPLITS), "0 train, 1 dev, 2 test")
+    lengths = [entry["length"] for entry in meta["dialogues"]]
+    starts = [entry["start"] for entry in meta["dialogues"]]
+    if min(lengths) < 1 or sum(lengths) != count or starts != [0, *np.cumsum(lengths[:-1])]:
+        raise InputError(
+            f"{META}: expected dialogues that follow each other and cover the {count} rows of "
+            f"{ARRAYS}, got starts and lengths that do not; write both files from the same rows"
+        )
+    expected = np.repeat(np.arange(len(lengths)), lengths)
+    if (wrong := np.flatnonzero(dialogue != expected)).size:
+        row = wrong[0]
+        raise InputError(
+            f"{ARRAYS}, dialogue: expected the rows of each dialogue together, as {META} has them "
+            f"({expected[row]} in row {row}), got {dialogue[row]}; sort the rows by dialogue"
+        )
+    if (wrong := np.flatnonzero(split != split[np.repeat(starts, lengths)])).size:
+        raise InputError(
+            f"{ARRAYS}, split: expected one split for all rows of a dialogue, got another in row "
+            f"{wrong[0]}; a dialogue cut in two lets its context leak"
+        )
+    speakers = np.repeat([len(entry["speakers"]) for entry in meta["dialogues"]], lengths)
+    if (wrong := np.flatnonzero((speaker < 0) | (speaker >= speakers))).size:
+        row = wrong[0]
+        raise InputError(
+            f"{ARRAYS}, speaker: expected an index into the {speakers[row]} speakers of the "
+            f"dialogue in {META}, got {speaker[row]} in row {row}"
+        )
+    for index, name in enumerate(SPLITS):
+        if not (split == index).any():
+            raise InputError(
+                f"{ARRAYS}, split: expected rows of train, dev and test, got none of {name} "
+                f"({index}); models are selected on dev, so set some dialogues of train apart"
+            )
+    return count
+
+
+def _require_range(name: str, values: Array, size: int, meaning: str) -> None:
+    if (wrong := np.flatnonzero((values < 0) | (values >= size))).size:
+        row = wrong[0]
+        raise InputError(
+            f"{ARRAYS}, {name}: expected 0 to {size - 1} ({meaning}), got {values[row]} in "
+            f"row {row}; correct it there"
+        )

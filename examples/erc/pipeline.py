@@ -1,0 +1,296 @@
+"""The story of TelME: a teacher, its students, their fusion, and what each is worth.
+
+A text teacher learns to recognise emotions. Audio and visual students learn the same, and besides
+what the teacher makes of the same utterances. Then all encoders are frozen, and a fusion head
+learns to let the students shift the teacher's feature. Everything is selected on dev; the test
+split is scored once, at the end.
+"""
+
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import telme_kd
+from examples.erc import artifacts
+from examples.erc.artifacts import Artifact
+from examples.erc.errors import InputError
+from examples.erc.fusion import ConcatenationHead, FrozenFeatures, FusionOutput, ShiftingHead
+from examples.erc.metrics import class_scores, scores
+from examples.erc.recipe import Optimisation, Recipe, StudentRecipe
+from examples.erc.source import JSON, SPLITS, Dataset, EncoderOutput, Source
+from examples.erc.systems import TEACHER, System, plan
+from examples.erc.training import SMALLEST_BATCH, Hardware, Objective, Trained, train
+from telme_kd import BatchSimilarityLoss, DISTLoss, StudentLoss
+
+RESULTS = "results.json"
+
+
+def run(
+    source: Source,
+    recipe: Recipe,
+    seeds: Sequence[int],
+    folder: Path,
+    hardware: Hardware,
+    command: str,
+) -> dict[str, JSON]:
+    """Train every system from every seed, and score them.
+
+    What is finished is kept in the folder, one folder for each stage; a run that was interrupted
+    goes on where it stopped.
+
+    Args:
+        source: The corpus.
+        recipe: The numbers, each optimisation as it is to be used.
+        seeds: One or more, different.
+        folder: Of the run; made if absent. It receives ``results.json``.
+        hardware: What everything runs on.
+        command: What the user typed, for the report.
+
+    Returns:
+        The results; see :func:`examples.erc.results.read`.
+
+    Raises:
+        InputError: The corpus is too small, or the folder is in use.
+        TrainingError: A loss is no longer finite.
+    """
+    _check_size(source)
+    systems = plan(source.modalities)
+    with artifacts.exclusive(folder):
+        source.prepare(folder)
+        trained = {}
+        for seed in seeds:
+            story = _Story(source, recipe, seed, folder / f"seed-{seed}", hardware)
+            trained[seed] = {system: story.tell(system) for system in systems}
+        results: dict[str, JSON] = {
+            "corpus": source.name,
+            "title": source.title,
+            "source": source.description,
+            "recipe": recipe.name,
+            "command": command,
+            "labels": list(source.labels),
+            "seeds": list(seeds),
+            "counts": {split: len(source.targets(split)) for split in SPLITS},
+            "systems": [
+                {
+                    **system.describe(),
+                    "runs": [_score(source, seed, trained[seed][system]) for seed in seeds],
+                }
+                for system in systems
+            ],
+            "versions": _versions(),
+            "seconds": sum(
+                artifact.record["seconds"]
+                for stages in trained.values()
+                for artifact in stages.values()
+            ),
+        }
+        text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+        artifacts.replace(folder / RESULTS, lambda path: path.write_text(text, encoding="utf-8"))
+    return results
+
+
+class _Story:
+    """The stages of one seed, each told after those that it builds on."""
+
+    def __init__(
+        self, source: Source, recipe: Recipe, seed: int, folder: Path, hardware: Hardware
+    ) -> None:
+        self._source = source
+        self._recipe = recipe
+        self._seed = seed
+        self._folder = folder
+        self._hardware = hardware
+        self._device = hardware.accelerator().device
+        self._finished: dict[System, Artifact] = {}
+
+    def tell(self, system: System) -> Artifact:
+        """Train a system, or take it from its folder."""
+        stage = {"teacher": self._teach, "student": self._distil, "fusion": self._fuse}
+        self._finished[system] = stage[system.group](system)
+        return self._finished[system]
+
+    def _teach(self, system: System) -> Artifact:
+        """The teacher learns from the labels alone."""
+        recipe = self._recipe.teacher
+        (modality,) = system.modalities
+
+        def learn() -> Trained:
+            return self._train(
+                system,
+                recipe.optimisation,
+                build=lambda: self._source.encoder(modality),
+                datasets=self._encoder_inputs(modality),
+                objective=self._classification(),
+            )
+
+        return self._obtain(system, {"recipe": asdict(recipe)}, learn)
+
+    def _distil(self, system: System) -> Artifact:
+        """A student learns from the labels, and from what the frozen teacher said of each row."""
+        recipe = _as_taught(self._recipe.student, system.distillation)
+        teacher = self._finished[TEACHER]
+        (modality,) = system.modalities
+        settings: dict[str, JSON] = {"recipe": asdict(recipe), "telme_kd": telme_kd.__version__}
+        if system.distillation != "none":
+            settings["teacher"] = teacher.identity
+
+        def learn() -> Trained:
+            return self._train(
+                system,
+                recipe.optimisation,
+                build=lambda: self._source.encoder(modality),
+                datasets=self._encoder_inputs(modality),
+                objective=self._distillation(recipe, teacher),
+            )
+
+        return self._obtain(system, settings, learn)
+
+    def _fuse(self, system: System) -> Artifact:
+        """A head learns to fuse the features of the frozen encoders."""
+        recipe = self._recipe.fusion
+        parts = {part.modalities[0]: self._finished[part] for part in system.parts()}
+        head = ShiftingHead if system.fusion == "shifting" else ConcatenationHead
+        settings: dict[str, JSON] = {
+            "recipe": asdict(recipe),
+            "telme_kd": telme_kd.__version__,
+            "encoders": {modality: part.identity for modality, part in parts.items()},
+        }
+
+        def learn() -> Trained:
+            features = {
+                split: {
+                    modality: part.outputs(split)["features"] for modality, part in parts.items()
+                }
+                for split in SPLITS
+            }
+            widths = {modality: values.shape[1] for modality, values in features["train"].items()}
+            return self._train(
+                system,
+                recipe.optimisation,
+                build=lambda: head(widths, len(self._source.labels), recipe),
+                datasets={split: FrozenFeatures(features[split]) for split in SPLITS},
+                objective=self._classification(),
+            )
+
+        return self._obtain(system, settings, learn)
+
+    def _classification(self) -> Objective:
+        labels = self._source.targets("train").to(self._device)
+
+        def objective(output: EncoderOutput | FusionOutput, rows: Tensor) -> Tensor:
+            return cross_entropy(output.logits, labels[rows])
+
+        return objective
+
+    def _distillation(self, recipe: StudentRecipe, teacher: Artifact) -> Objective:
+        """Equation 6."""
+        labels = self._source.targets("train").to(self._device)
+        known = {name: said.to(self._device) for name, said in teacher.outputs("train").items()}
+        criterion = StudentLoss(
+            recipe.response_weight,
+            recipe.feature_weight,
+            response=DISTLoss(recipe.temperature, recipe.inter_weight, recipe.intra_weight),
+            feature=BatchSimilarityLoss(recipe.feature_temperature),
+        )
+
+        def objective(output: EncoderOutput, rows: Tensor) -> Tensor:
+            terms = criterion(
+                output.logits,
+                known["logits"][rows],
+                labels[rows],
+                student_features=output.features,
+                teacher_features=known["features"][rows],
+            )
+            total: Tensor = terms.total
+            return total
+
+        return objective
+
+    def _encoder_inputs(self, modality: str) -> dict[str, Dataset]:
+        return {split: self._source.dataset(modality, split) for split in SPLITS}
+
+    def _train(
+        self,
+        system: System,
+        optimisation: Optimisation,
+        *,
+        build: Callable[[], nn.Module],
+        datasets: Mapping[str, Dataset],
+        objective: Objective,
+    ) -> Trained:
+        return train(
+            build,
+            objective,
+            datasets,
+            self._source.targets("dev"),
+            optimisation,
+            seed=self._seed,
+            hardware=self._hardware,
+            title=self._title(system),
+        )
+
+    def _obtain(
+        self, system: System, settings: Mapping[str, JSON], learn: Callable[[], Trained]
+    ) -> Artifact:
+        common: dict[str, JSON] = {
+            "system": system.describe(),
+            "source": self._source.description,
+            "seed": self._seed,
+            "mixed_precision": self._hardware.mixed_precision,
+        }
+        return artifacts.obtain(
+            self._folder / system.key.replace("/", "-"),
+            self._title(system),
+            {**common, **settings},
+            learn,
+        )
+
+    def _title(self, system: System) -> str:
+        return f"{self._source.title}, seed {self._seed}, {system.key}"
+
+
+def _as_taught(recipe: StudentRecipe, distillation: str | None) -> StudentRecipe:
+    """A weight of zero switches a term of the loss off."""
+    if distillation == "none":
+        return replace(recipe, response_weight=0.0, feature_weight=0.0)
+    if distillation == "response":
+        return replace(recipe, feature_weight=0.0)
+    return recipe
+
+
+def _check_size(source: Source) -> None:
+    count = len(source.targets("train"))
+    if count < SMALLEST_BATCH:
+        raise InputError(
+            f"{source.title}: expected at least {SMALLEST_BATCH} utterances in train, got {count}; "
+            "distillation compares the utterances of a batch with each other"
+        )
+
+
+def _score(source: Source, seed: int, artifact: Artifact) -> dict[str, JSON]:
+    """One run of one system: the only place that looks at the labels of test."""
+    dev, test = (artifact.outputs(split)["logits"] for split in ("dev", "test"))
+    return {
+        "seed": seed,
+        "dev": scores(source.targets("dev"), dev),
+        "test": {
+            **scores(source.targets("test"), test),
+            **class_scores(source.targets("test"), test),
+        },
+        **artifact.record,
+    }
+
+
+def _versions() -> dict[str, JSON]:
+    packages = ("torch", "accelerate", "transformers", "scikit-learn", "numpy")
+    return {
+        "telme_kd": telme_kd.__version__,
+        **{package: version(package) for package in packages},
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,188 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from examples.erc import artifacts
+from examples.erc.artifacts import Artifact, canonical, exclusive, obtain, replace
+from examples.erc.errors import InputError
+from examples.erc.training import Epoch, Trained
+
+SETTINGS = {"rate": 0.1, "words": ["naïve"]}
+FILES = ("model.safetensors", "outputs.safetensors", "stage.json")
+
+
+def trained(value: float = 1.0) -> Trained:
+    return Trained(
+        weights={"layer.weight": torch.full((2, 3), value)},
+        outputs={
+            split: {"features": torch.full((4, 2), value), "logits": torch.arange(12.0).view(4, 3)}
+            for split in ("train", "dev", "test")
+        },
+        history=(Epoch(1, 2.0, 0.25), Epoch(2, 1.0, 0.5)),
+        selected_epoch=2,
+        seconds=1.5,
+    )
+
+
+def never() -> Trained:
+    raise AssertionError("computed again")
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Artifact:
+    return obtain(tmp_path / "stage", "a stage", SETTINGS, trained)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_obtain_writes_everything_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = obtain(tmp_path / "stage", "a stage", SETTINGS, trained)
+    assert sorted(snapshot(stage.folder)) == sorted(FILES)
+    assert torch.equal(
+        load_file(stage.folder / "model.safetensors")["layer.weight"], torch.ones(2, 3)
+    )
+    outputs = stage.outputs("dev")
+    assert set(outputs) == {"features", "logits"}
+    assert torch.equal(outputs["logits"], torch.arange(12.0).view(4, 3))
+    assert stage.record["selected_epoch"] == 2
+    assert json.loads((stage.folder / "stage.json").read_text())["settings"] == SETTINGS
+    assert capsys.readouterr().out == "a stage: dev 50.00 (epoch 2 of 2), 1.5 s\n"
+
+
+def test_obtain_keeps_what_has_the_same_settings(
+    stage: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = snapshot(stage.folder)
+    capsys.readouterr()
+    assert obtain(stage.folder, "a stage", {**SETTINGS}, never) == stage
+    assert snapshot(stage.folder) == before
+    assert capsys.readouterr().out == "a stage: kept, dev 50.00 (epoch 2 of 2), 1.5 s\n"
+
+
+@pytest.mark.parametrize("settings", [{**SETTINGS, "rate": 0.2}, {**SETTINGS, "more": None}, {}])
+def test_obtain_computes_again_for_other_settings(
+    stage: Artifact, settings: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = obtain(stage.folder, "a stage", settings, lambda: trained(2.0))  # type: ignore[arg-type]
+    assert again.identity != stage.identity
+    assert torch.equal(again.outputs("test")["features"], torch.full((4, 2), 2.0))
+    assert capsys.readouterr().err == ""
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("spoil", [flip, truncate, lambda path: path.write_bytes(b"")])
+def test_obtain_repairs_damage_with_a_warning(
+    stage: Artifact,
+    name: str,
+    spoil: Callable[[Path], object],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = snapshot(stage.folder)
+    spoil(stage.folder / name)
+    assert obtain(stage.folder, "a stage", SETTINGS, trained) == stage
+    assert capsys.readouterr().err == f"warning: a stage: {name} is damaged; computing it again\n"
+    assert snapshot(stage.folder) == before
+
+
+@pytest.mark.parametrize("name", FILES[:2])
+def test_obtain_repairs_a_missing_file(
+    stage: Artifact, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (stage.folder / name).unlink()
+    assert obtain(stage.folder, "a stage", SETTINGS, trained) == stage
+    assert f"{name} is missing" in capsys.readouterr().err
+
+
+def test_obtain_does_not_believe_an_edited_score(stage: Artifact) -> None:
+    path = stage.folder / "stage.json"
+    path.write_text(path.read_text().replace("0.5", "0.9"))
+    again = obtain(stage.folder, "a stage", SETTINGS, trained)
+    assert again.record["history"][1]["dev_weighted_f1"] == 0.5
+
+
+@pytest.mark.parametrize("dying", [1, 2])
+@pytest.mark.parametrize("death", [KeyboardInterrupt, OSError])
+def test_an_interrupted_write_is_never_valid(
+    stage: Artifact,
+    dying: int,
+    death: type[BaseException],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def save_and_die(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        calls.append(path)
+        save_file(tensors, path)
+        if len(calls) == dying:
+            raise death
+
+    monkeypatch.setattr(artifacts, "save_file", save_and_die)
+    other = {**SETTINGS, "rate": 0.3}
+    with pytest.raises(death):
+        obtain(stage.folder, "a stage", other, lambda: trained(3.0))
+    monkeypatch.undo()
+    assert not (stage.folder / "stage.json").exists()
+    assert not list(stage.folder.glob(".*"))
+    again = obtain(stage.folder, "a stage", other, lambda: trained(4.0))
+    assert torch.equal(again.outputs("train")["features"], torch.full((4, 2), 4.0))
+
+
+def test_identity_tells_content_apart_under_the_same_settings(tmp_path: Path) -> None:
+    one = obtain(tmp_path / "one", "one", SETTINGS, lambda: trained(1.0))
+    same = obtain(tmp_path / "same", "same", SETTINGS, lambda: trained(1.0))
+    other = obtain(tmp_path / "other", "other", SETTINGS, lambda: trained(2.0))
+    assert one.identity == same.identity != other.identity
+
+
+def test_replace_leaves_the_old_file_when_writing_fails(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(partial: Path) -> None:
+        partial.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        replace(path, fail)
+    assert snapshot(tmp_path) == {"file": b"old"}
+
+
+def test_canonical_is_one_spelling_for_equal_values() -> None:
+    assert canonical({"b": 1, "a": [0.1, "ü"]}) == canonical({"a": [0.1, "ü"], "b": 1})
+    assert canonical({"a": 1}) != canonical({"a": "1"})
+
+
+def test_exclusive_refuses_a_second_run(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "run"
+    with (
+        exclusive(folder),
+        pytest.raises(InputError, match="no other run in this folder"),
+        exclusive(folder),
+    ):
+        pass
+    with exclusive(folder):
+        assert folder.is_dir()
+
+
+def test_exclusive_refuses_a_place_it_cannot_write_to(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="choose another --output"), exclusive(tmp_path / "file"):
+        pass

@@ -1,0 +1,219 @@
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from examples.erc import command as module
+from examples.erc import pipeline
+from examples.erc.command import MODALITIES, make_command
+from examples.erc.errors import TrainingError
+from examples.erc.features import FeatureSource
+from examples.erc.recipe import Recipe
+
+Write = Callable[..., Path]
+
+
+def call(*words: str | Path) -> Result:
+    return CliRunner().invoke(make_command("meld", "MELD"), [str(word) for word in words])
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Do not train; note what would have been."""
+    calls: list[Any] = []
+
+    def run(*arguments: Any) -> dict[str, Any]:
+        calls.append(arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "run", run)
+    return calls
+
+
+def test_help_needs_no_torch() -> None:
+    code = """
+import sys
+from click.testing import CliRunner
+from examples.meld.__main__ import command
+result = CliRunner().invoke(command, ["--help"])
+print(result.output)
+assert result.exit_code == 0
+assert not {"torch", "transformers", "numpy"} & {*sys.modules}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for option in ("--features", "--raw", "--synthetic", "--recipe", "--visual-encoder"):
+        assert option in done.stdout
+
+
+def test_the_names_of_modalities_agree() -> None:
+    from examples.erc import source
+
+    assert MODALITIES == source.MODALITIES
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "expected exactly one of --features, --raw and --synthetic, got none of them"),
+        (["--features", "a", "--synthetic"], "got --features and --synthetic"),
+        (["--raw", "a", "--features", "b", "--synthetic"], "--features and --raw and --synthetic"),
+        (["--synthetic", "--modalities", "text,smell"], "--modalities: expected some of text"),
+        (["--features", "a", "--text-encoder", "b"], "--text-encoder: expected only with --raw"),
+        (["--synthetic", "--visual-encoder", "b"], "got it with --synthetic"),
+        (["--features", "/nowhere"], "/nowhere/meta.json: expected a file that can be read"),
+        (["--raw", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(words: list[str], message: str) -> None:
+    result = call(*words)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--recipe", "mine"],
+        ["--seeds", "0"],
+        ["--epochs", "0"],
+        ["--batch-size", "2"],
+        ["--device", "abacus"],
+        ["--mixed-precision", "fp8"],
+        ["elsewhere"],
+    ],
+)
+def test_mistyped_options_have_status_2(words: list[str]) -> None:
+    assert call("--synthetic", *words).exit_code == 2
+
+
+def test_a_mistake_in_the_features_leaves_no_folder(write_features: Write, tmp_path: Path) -> None:
+    folder = write_features(dataset="IEMOCAP")
+    result = call("--features", folder, "--output", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "expected the dataset meld" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_whole_run_ends_with_a_table_and_a_report(write_features: Write, tmp_path: Path) -> None:
+    words = ["--features", write_features(), "--output", tmp_path / "run", "--device", "cpu"]
+    words += ["--epochs", "1", "--seeds", "2", "--modalities", "audio"]
+    result = call(*words)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.rstrip().endswith(str(tmp_path / "run" / "report.html"))
+    assert "Text + audio by shifting, response + feature" in result.stdout
+    assert "mean ± sd over 2 seeds" in result.stdout
+    assert (tmp_path / "run" / "report.html").stat().st_size > 1000
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["seeds"] == [0, 1]
+    assert results["recipe"] == "released"
+    assert results["command"] == shlex.join(
+        ["python", "-m", "examples.meld", *sorted_as_declared(words)]
+    )
+    again = call(*words)
+    assert again.exit_code == 0
+    assert again.stdout.count(": kept, ") == 20
+
+
+def sorted_as_declared(words: list[Any]) -> list[str]:
+    pairs = dict(zip(words[::2], map(str, words[1::2]), strict=True))
+    declared = ("--features", "--modalities", "--seeds", "--epochs", "--output", "--device")
+    return [word for name in declared for word in (name, pairs[name])]
+
+
+def test_options_reach_the_recipe(write_features: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = recorded(monkeypatch)
+    words = ["--features", write_features(), "--recipe", "paper"]
+    assert call(*words, "--epochs", "5", "--batch-size", "7").exit_code == 130
+    assert call(*words).exit_code == 130
+    chosen: list[Recipe] = [arguments[1] for arguments in calls]
+    for recipe in chosen:
+        assert recipe.name == "paper"
+        assert recipe.student.temperature == 4.0
+    phases = [
+        [recipe.teacher.optimisation, recipe.student.optimisation, recipe.fusion.optimisation]
+        for recipe in chosen
+    ]
+    assert all((phase.epochs, phase.batch_size) == (5, 7) for phase in phases[0])
+    source: FeatureSource = calls[1][0]
+    own = [source.optimisation(phase) for phase in ("teacher", "student", "fusion")]
+    assert phases[1] == own
+    assert calls[1][3] == Path("runs/meld-features")
+
+
+def test_recipes_serve_a_source_without_an_optimisation(
+    write_features: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = recorded(monkeypatch)
+    monkeypatch.setattr(FeatureSource, "optimisation", lambda self, phase: None)
+    call("--features", write_features())
+    assert calls[0][1].teacher.optimisation.learning_rate == 1e-6
+    assert calls[0][1].fusion.optimisation.batch_size == 4
+
+
+def test_a_loss_that_is_not_finite_ends_with_status_1(
+    write_features: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(*arguments: Any) -> None:
+        raise TrainingError("text: the loss of epoch 1 is nan; lower the learning rate")
+
+    monkeypatch.setattr(pipeline, "run", diverge)
+    result = call("--features", write_features())
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "error: text: the loss of epoch 1 is nan; lower the learning rate\n"
+
+
+def test_a_full_disk_ends_with_status_1(
+    write_features: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device", "stage.json")
+
+    monkeypatch.setattr(pipeline, "run", fill)
+    result = call("--features", write_features())
+    assert result.exit_code == 1
+    assert "No space left on device" in result.stderr
+
+
+def test_ctrl_c_says_how_to_go_on(write_features: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded(monkeypatch)
+    result = call("--features", write_features())
+    assert result.exit_code == module.INTERRUPTED
+    assert result.stderr.strip() == (
+        "interrupted: finished stages are kept; the same command goes on from there"
+    )
+
+
+def test_a_signal_in_the_middle_of_training_loses_nothing(
+    write_features: Write, tmp_path: Path
+) -> None:
+    words = [sys.executable, "-m", "examples.meld", "--features", str(write_features())]
+    words += ["--output", str(tmp_path / "run"), "--device", "cpu", "--epochs", "500"]
+    teacher = tmp_path / "run" / "seed-0" / "text" / "stage.json"
+    process = subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while not teacher.exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == module.INTERRUPTED, err
+    assert "Traceback" not in err
+    assert "the same command goes on" in err
+    assert "seed 0, text: dev" in out
+    assert not (tmp_path / "run" / "results.json").exists()
