@@ -1,0 +1,27 @@
+"""What every test shares: one thread, Hypothesis profiles, and warnings that start afresh."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from telme_kd import _checks
+
+torch.set_num_threads(1)  # sums in one order on every machine, and no fight over cores
+
+_SLOW_DATA = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile("default", max_examples=100, deadline=None)
+settings.register_profile("ci", max_examples=300, deadline=None, derandomize=True)
+settings.register_profile(
+    "nightly", max_examples=20_000, deadline=None, suppress_health_check=_SLOW_DATA
+)
+settings.load_profile(
+    os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "default")
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget which one-time warnings were given, so that no test depends on those before it."""
+    monkeypatch.setattr(_checks, "_warned", set())

@@ -1,0 +1,167 @@
+"""Which backend computes: ``"auto"`` may fall back, a named one never does."""
+
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from telme_kd import _dispatch, available_backends
+from telme_kd._dispatch import Implementation, accumulation_dtype, choose, outside_autocast
+from telme_kd._typing import Backend
+from telme_kd.errors import BackendError, RangeError
+from telme_kd.functional import batch_similarity_loss, dist_loss
+
+OPERATORS = ("dist_loss", "batch_similarity_loss")
+PAIR = torch.randn(2, 4, 7, generator=torch.manual_seed(0))
+
+
+def _answer(*_tensors: Tensor, **_options: Any) -> Tensor:
+    return torch.tensor(42.0)
+
+
+def _on_cuda_in_float32(tensors: Sequence[Tensor]) -> list[str]:
+    reasons = []
+    if any(tensor.device.type != "cuda" for tensor in tensors):
+        reasons.append("it needs a CUDA device, got cpu")
+    if any(tensor.dtype is not torch.float32 for tensor in tensors):
+        reasons.append("it needs float32, got float64")
+    return reasons
+
+
+def _up_to_8_classes(tensors: Sequence[Tensor]) -> list[str]:
+    return [] if tensors[0].shape[-1] <= 8 else ["it takes at most 8 classes"]
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three backends: one that serves nothing here, one that serves small inputs, the oracle."""
+    rows = (
+        Implementation("triton", _answer, _on_cuda_in_float32),
+        Implementation("cpu", _answer, _up_to_8_classes),
+        Implementation("reference", _answer, lambda tensors: []),
+    )
+    monkeypatch.setattr(
+        _dispatch, "_IMPLEMENTATIONS", {"dist_loss": rows, "batch_similarity_loss": rows[2:]}
+    )
+
+
+def test_reference_is_always_there() -> None:
+    names = available_backends()
+    assert "reference" in names
+    assert len(set(names)) == len(names)
+    assert set(names) <= set(get_args(Backend)) - {"auto"}
+    for operator in OPERATORS:
+        assert choose(operator, "reference", tuple(PAIR)).backend == "reference"
+
+
+@pytest.mark.usefixtures("table")
+def test_available_backends_lists_each_name_once_in_order_of_preference() -> None:
+    assert available_backends() == ("triton", "cpu", "reference")
+
+
+@pytest.mark.usefixtures("table")
+def test_auto_takes_the_first_that_serves() -> None:
+    assert choose("dist_loss", "auto", (torch.ones(2, 8),)).backend == "cpu"
+    assert choose("dist_loss", "auto", (torch.ones(2, 9),)).backend == "reference"
+    assert choose("batch_similarity_loss", "auto", (torch.ones(2, 8),)).backend == "reference"
+
+
+@pytest.mark.usefixtures("table")
+def test_named_backend_is_the_one_that_computes() -> None:
+    for name in ("cpu", "reference"):
+        assert choose("dist_loss", name, tuple(PAIR)).backend == name
+        assert dist_loss(*PAIR, backend=name).item() == 42.0
+
+
+@pytest.mark.usefixtures("table")
+def test_named_backend_never_falls_back_and_lists_every_reason() -> None:
+    pattern = (
+        r"^backend: expected .*'triton'|^backend: 'triton' cannot compute dist_loss: "
+        r"it needs a CUDA device, got cpu; it needs float32, got float64; "
+    )
+    with pytest.raises(BackendError, match=pattern) as caught:
+        dist_loss(*PAIR.double(), backend="triton")
+    assert isinstance(caught.value, RuntimeError)
+    message = str(caught.value)
+    assert "it needs a CUDA device, got cpu; it needs float32, got float64" in message
+    assert "use backend='auto' or one of ('triton', 'cpu', 'reference')" in message
+    with pytest.raises(BackendError, match="it takes at most 8 classes"):
+        dist_loss(*torch.ones(2, 4, 9), backend="cpu")
+
+
+@pytest.mark.usefixtures("table")
+def test_backend_without_the_operator_is_refused_by_name() -> None:
+    with pytest.raises(
+        BackendError, match=r"this version has no 'cpu' implementation of batch_similarity_loss"
+    ):
+        batch_similarity_loss(*PAIR, backend="cpu")
+
+
+@pytest.mark.parametrize("loss", [dist_loss, batch_similarity_loss])
+def test_triton_is_refused_on_the_cpu(loss: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(BackendError, match="'triton' cannot compute"):
+        loss(*PAIR, backend="triton")
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_unknown_backend_is_a_range_error(operator: Any) -> None:
+    with pytest.raises(RangeError, match=r"^backend: expected one of 'auto', .* got 'cuda'; "):
+        choose(operator, "cuda", tuple(PAIR))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_auto_serves_every_dtype_and_shape_without_looking_at_values(
+    operator: Any, dtype: torch.dtype
+) -> None:
+    for shape in ((1, 1), (4, 7), (128, 50_000)):
+        for needs_gradient in (False, True):
+            pair = [
+                torch.empty(shape, dtype=dtype, device="meta", requires_grad=needs_gradient)
+                for _ in range(2)
+            ]
+            chosen = choose(operator, "auto", pair)
+            assert chosen.backend in available_backends()
+            assert not chosen.reasons_against(pair)
+
+
+@pytest.mark.parametrize("backend", available_backends())
+def test_every_backend_computes_the_reference_definition(backend: Backend) -> None:
+    for loss in (dist_loss, batch_similarity_loss):
+        try:
+            value = loss(*PAIR, backend=backend)
+        except BackendError as error:
+            pytest.skip(f"{backend} does not serve the CPU here: {error}")
+        torch.testing.assert_close(value, loss(*PAIR, backend="reference"), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [
+        ((torch.float16,), torch.float32),
+        ((torch.bfloat16, torch.float16), torch.float32),
+        ((torch.float32, torch.float16), torch.float32),
+        ((torch.float64, torch.float16), torch.float64),
+        ((torch.float32, torch.float64), torch.float64),
+    ],
+    ids=str,
+)
+def test_accumulation_is_the_widest_given_and_float32_at_least(
+    dtypes: tuple[torch.dtype, ...], expected: torch.dtype
+) -> None:
+    assert accumulation_dtype(*(torch.empty(1, dtype=dtype) for dtype in dtypes)) is expected
+
+
+def test_autocast_is_left_and_resumed() -> None:
+    device = torch.device("cpu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with outside_autocast(device):
+            assert not torch.is_autocast_enabled("cpu")
+        assert torch.is_autocast_enabled("cpu")
+    with outside_autocast(device):
+        assert not torch.is_autocast_enabled("cpu")
+    with outside_autocast(torch.device("meta")):  # a device without autocast
+        pass
