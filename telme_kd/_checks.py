@@ -8,13 +8,13 @@ import math
 import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 import torch
 import torch.distributed
 from torch import Tensor
 
-from telme_kd._typing import AttendOver, Backend
+from telme_kd._typing import AttendOver, Backend, ProcessGroup
 from telme_kd.errors import (
     DegenerateBatchWarning,
     DeviceError,
@@ -24,35 +24,61 @@ from telme_kd.errors import (
     ShapeError,
 )
 
-if TYPE_CHECKING:  # not every build of torch has it
-    from torch.distributed import ProcessGroup
-
-
 _BACKENDS: tuple[str, ...] = get_args(Backend)
 _ATTEND_OVER: tuple[str, ...] = get_args(AttendOver)
 
 
-def matrix_pair(
+def logits_pair(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    class_dim: int,
+    mask: Tensor | None,
+    may_be_empty: bool,
+) -> int:
+    """Check logits, and the mask over their batch axes; return the axis of the classes."""
+    class_axis = _axis_of("class_dim", class_dim, "student_logits", student_logits)
+    _matrix_pair(
+        student_logits,
+        teacher_logits,
+        what="logits",
+        mask=mask,
+        axis=class_axis,
+        may_be_empty=may_be_empty,
+        remedy="both must score the same items over the same label set",
+    )
+    return class_axis
+
+
+def features_pair(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    *,
+    mask: Tensor | None,
+    may_be_empty: bool,
+) -> None:
+    """Check features, and the mask over their batch axes."""
+    _matrix_pair(
+        student_features,
+        teacher_features,
+        what="features",
+        mask=mask,
+        axis=-1,
+        may_be_empty=may_be_empty,
+        remedy="project the student's features to the teacher's width first",
+    )
+
+
+def _matrix_pair(
     student: Tensor,
     teacher: Tensor,
     *,
     what: str,
     mask: Tensor | None,
-    axis: int = -1,
+    axis: int,
     may_be_empty: bool,
     remedy: str,
 ) -> None:
-    """Check a student tensor, its teacher's, and the mask over their batch axes.
-
-    Args:
-        student: with at least two axes, one of which (``axis``) is no batch axis.
-        teacher: of the same shape and device.
-        what: ``"logits"`` or ``"features"``; the arguments' names are built with it.
-        mask: bool, over the batch axes, or None.
-        axis: the axis that is no batch axis.
-        may_be_empty: whether other processes may have the items.
-        remedy: what to do if the shapes differ.
-    """
     for name, value in ((f"student_{what}", student), (f"teacher_{what}", teacher)):
         floating(name, value)
         if value.ndim < 2:
@@ -222,7 +248,7 @@ def integer(name: str, value: int) -> int:
     return int(value)
 
 
-def axis_of(name: str, axis: int, value_name: str, value: Tensor) -> int:
+def _axis_of(name: str, axis: int, value_name: str, value: Tensor) -> int:
     """Return an axis that a tensor has."""
     axis = integer(name, axis)
     floating(value_name, value)
@@ -256,7 +282,7 @@ def group_word(group: object) -> None:
     )
 
 
-def process_group(group: object) -> "ProcessGroup":
+def process_group(group: object) -> ProcessGroup:
     """Return the process group that ``group`` stands for."""
     group_word(group)
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):

@@ -1,9 +1,19 @@
 """Names for the choices that users make by word."""
 
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import torch.distributed
+
+if TYPE_CHECKING or torch.distributed.is_available():
+    from torch.distributed import ProcessGroup as ProcessGroup
+else:  # a build of torch without it, where no group can be made
+    ProcessGroup = object
 
 Backend: TypeAlias = Literal["auto", "reference", "cpu", "triton"]
 """Which implementation computes an operator; ``"auto"`` picks the fastest that fits."""
 
 AttendOver: TypeAlias = Literal["modalities", "dialogue", "batch"]
 """What the tokens of the fusion head's attention are."""
+
+Group: TypeAlias = ProcessGroup | Literal["world"] | None
+"""A process group, ``"world"`` for all processes, or None for this process alone."""

@@ -4,8 +4,8 @@ from torch import Tensor, nn
 
 from telme_kd import _checks
 from telme_kd._dispatch import accumulation_dtype, choose, outside_autocast
-from telme_kd._typing import Backend
-from telme_kd.distributed import Group, gather_batch
+from telme_kd._typing import Backend, Group
+from telme_kd.distributed import gather_batch
 
 
 def batch_similarity_loss(
@@ -69,13 +69,8 @@ def batch_similarity_loss(
         >>> round(batch_similarity_loss(-teacher, teacher).item(), 4)
         0.4628
     """
-    _checks.matrix_pair(
-        student_features,
-        teacher_features,
-        what="features",
-        mask=mask,
-        may_be_empty=group is not None,
-        remedy="project the student's features to the teacher's width first",
+    _checks.features_pair(
+        student_features, teacher_features, mask=mask, may_be_empty=group is not None
     )
     temperature = _checks.positive_temperature(temperature)
     _checks.group_word(group)

@@ -8,10 +8,8 @@ from torch import Tensor, nn
 
 from telme_kd import _checks
 from telme_kd._dispatch import accumulation_dtype, choose, outside_autocast
-from telme_kd._typing import Backend
-from telme_kd.distributed import Group, gather_batch
-
-_SHAPE_REMEDY = "both must score the same items over the same label set"
+from telme_kd._typing import Backend, Group
+from telme_kd.distributed import gather_batch
 
 
 def dist_loss(
@@ -89,15 +87,12 @@ def dist_loss(
         >>> round(dist_loss(teacher.flip(-1), teacher, temperature=2.0).item(), 3)
         8.678
     """
-    class_axis = _checks.axis_of("class_dim", class_dim, "student_logits", student_logits)
-    _checks.matrix_pair(
+    class_axis = _checks.logits_pair(
         student_logits,
         teacher_logits,
-        what="logits",
+        class_dim=class_dim,
         mask=mask,
-        axis=class_axis,
         may_be_empty=group is not None,
-        remedy=_SHAPE_REMEDY,
     )
     temperature = _checks.positive_temperature(temperature)
     inter_weight = _checks.non_negative("inter_weight", inter_weight)

@@ -8,7 +8,6 @@ process; there is no communication in the backward pass.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 import torch.distributed
@@ -16,12 +15,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from telme_kd import _checks
-
-if TYPE_CHECKING:  # not every build of torch has it
-    from torch.distributed import ProcessGroup
-
-Group: TypeAlias = "ProcessGroup | Literal['world'] | None"
-"""A process group, ``"world"`` for all processes, or None for this process alone."""
+from telme_kd._typing import Group, ProcessGroup
 
 
 def gather_batch(
@@ -61,7 +55,7 @@ def gather_batch(
     )
 
 
-def _sizes(rows: Tensor, has_mask: bool, group: "ProcessGroup") -> list[tuple[int, int, int, int]]:
+def _sizes(rows: Tensor, has_mask: bool, group: ProcessGroup) -> list[tuple[int, int, int, int]]:
     """Number of rows, width, bytes per entry and whether there is a mask, of every process."""
     own = torch.tensor(
         [*rows.shape, rows.element_size(), has_mask], dtype=torch.int64, device=rows.device
@@ -71,7 +65,7 @@ def _sizes(rows: Tensor, has_mask: bool, group: "ProcessGroup") -> list[tuple[in
     return [tuple(size) for size in torch.stack(received).tolist()]
 
 
-def _all_rows(rows: Tensor, sizes: Sequence[int], group: "ProcessGroup") -> Tensor:
+def _all_rows(rows: Tensor, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
     # all_gather wants equal shapes, so all are as long as the longest.
     padded = rows.new_zeros(max(sizes), rows.shape[1])
     padded[: rows.shape[0]] = rows
@@ -90,9 +84,7 @@ class _GatherRows(torch.autograd.Function):
     """All rows forward; backward, the gradient of the own rows times the number of processes."""
 
     @staticmethod
-    def forward(
-        ctx: _GatherContext, rows: Tensor, sizes: list[int], group: "ProcessGroup"
-    ) -> Tensor:
+    def forward(ctx: _GatherContext, rows: Tensor, sizes: list[int], group: ProcessGroup) -> Tensor:
         ctx.start = sum(sizes[: group.rank()])
         ctx.size = rows.shape[0]
         ctx.world_size = len(sizes)

@@ -255,6 +255,10 @@ class AttentionShiftingFusion(nn.Module):
             nonverbal = rearrange(attended, "... student width -> ... (student width)")
         else:
             tokens = torch.cat(students, dim=-1)
+            if mask is not None:
+                # Padding may hold anything, NaN included, and 0 times NaN is NaN.
+                tokens = tokens.masked_fill(~mask[..., None], 0.0)
+                anchor = anchor.masked_fill(~mask[..., None], 0.0)
             if self.attend_over == "batch":
                 attended = self._attend(
                     tokens.flatten(0, -2), None if mask is None else mask.flatten()

@@ -111,27 +111,35 @@ class StudentLoss(nn.Module):
             DTypeError: a dtype does not fit, or features are missing.
             DeviceError: the tensors lie on different devices.
         """
-        class_axis = _checks.axis_of(
-            "class_dim", self.response.class_dim, "student_logits", student_logits
+        # The terms would check all this too, but one after another, and nothing is computed before
+        # everything is checked.
+        class_axis = _checks.logits_pair(
+            student_logits,
+            teacher_logits,
+            class_dim=self.response.class_dim,
+            mask=mask,
+            may_be_empty=self.response.group is not None,
         )
-        batch_shape = student_logits.movedim(class_axis, -1).shape[:-1]
-        _checks.class_labels(labels, batch_shape, student_logits)
+        logits = student_logits.movedim(class_axis, -1)
+        _checks.class_labels(labels, logits.shape[:-1], student_logits)
         if self.class_weight is not None:
             _checks.class_weight_fits(self.class_weight, student_logits, class_axis)
-
-        # The losses check their own arguments, so they go first: no work before all is checked.
         response = feature = student_logits.new_zeros(
             (), dtype=accumulation_dtype(student_logits, teacher_logits)
         )
         if self.feature_weight:
-            feature = self.feature(
-                _checks.feature_given("student_features", student_features),
-                _checks.feature_given("teacher_features", teacher_features),
-                mask,
+            student_features = _checks.feature_given("student_features", student_features)
+            teacher_features = _checks.feature_given("teacher_features", teacher_features)
+            _checks.features_pair(
+                student_features,
+                teacher_features,
+                mask=mask,
+                may_be_empty=self.feature.group is not None,
             )
+            feature = self.feature(student_features, teacher_features, mask)
         if self.response_weight:
             response = self.response(student_logits, teacher_logits, mask)
-        classification = self._classification(student_logits.movedim(class_axis, -1), labels, mask)
+        classification = self._classification(logits, labels, mask)
         total = classification + self.response_weight * response + self.feature_weight * feature
         return StudentLossTerms(total, classification, response, feature)
 

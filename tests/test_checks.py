@@ -79,7 +79,7 @@ def test_eps_may_be_none_or_zero() -> None:
 
 @pytest.mark.parametrize(("axis", "ndim"), [(0, 2), (1, 2), (-1, 2), (-2, 2), (3, 4), (-4, 4)])
 def test_axis_that_a_tensor_has_is_returned(axis: int, ndim: int) -> None:
-    assert _checks.axis_of("class_dim", axis, "x", torch.ones([2] * ndim)) == axis
+    assert _checks._axis_of("class_dim", axis, "x", torch.ones([2] * ndim)) == axis
 
 
 # --- tensors --------------------------------------------------------------------------------------

@@ -590,13 +590,7 @@ DIALOGUE = AttentionShiftingFusion(7, (7,), attend_over="dialogue")
         partial(DIALOGUE, X, X, mask=MASK[:2]),
         partial(StudentLoss(), X, X, LABELS[:3]),
         partial(StudentLoss(), X, X, LABELS, student_features=X),
-        pytest.param(
-            partial(StudentLoss(), X, X[:2], LABELS, student_features=X, teacher_features=X),
-            marks=pytest.mark.xfail(
-                raises=AssertionError,
-                reason="StudentLoss computes the feature term before it checks the logits",
-            ),
-        ),
+        partial(StudentLoss(), X, X[:2], LABELS, student_features=X, teacher_features=X),
     ],
 )
 def test_mistake_is_told_before_any_work(call: Callable[[], Any]) -> None:

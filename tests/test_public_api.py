@@ -130,9 +130,6 @@ def test_everything_public_is_documented_and_annotated(function: Callable[..., A
         assert all(f"    {name}: " in documentation for name in options), function
 
 
-@pytest.mark.xfail(
-    raises=NameError, reason="Group names a ProcessGroup that is imported for type checkers alone"
-)
 @pytest.mark.parametrize("module", [telme_kd.DISTLoss, telme_kd.BatchSimilarityLoss])
 def test_annotations_can_be_resolved_at_run_time(module: type) -> None:
     assert "group" in get_type_hints(module.__init__)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 
 def batch_similarity_loss(
@@ -17,8 +18,8 @@ def batch_similarity_loss(
         student_features = student_features.masked_fill(~mask[:, None], 0.0)
         teacher_features = teacher_features.masked_fill(~mask[:, None], 0.0)
     student, teacher = unit_rows(student_features), unit_rows(teacher_features)
-    target = teacher @ teacher.T / temperature
-    prediction = teacher @ student.T / temperature
+    target = similarities(teacher, teacher) / temperature
+    prediction = similarities(teacher, student) / temperature
     if mask is not None:
         target = target.masked_fill(~mask, -torch.inf)
         prediction = prediction.masked_fill(~mask, -torch.inf)
@@ -30,6 +31,33 @@ def batch_similarity_loss(
         divergence = torch.where(mask, log_target.exp(), 0.0) * log_ratio
         return (divergence.sum(-1) * mask).sum() / mask.sum().clamp(min=1)
     return (log_target.exp() * log_ratio).sum(-1).mean()
+
+
+def similarities(rows: Tensor, columns: Tensor) -> Tensor:
+    """Dot products of the rows of (B, d) and (N, d): (B, N)."""
+    if torch.compiler.is_compiling():  # traces the backward pass in the forward's precision
+        return rows @ columns.T
+    products: Tensor = _Product.apply(rows, columns)  # type: ignore[no-untyped-call]
+    return products
+
+
+class _Product(torch.autograd.Function):
+    """a bᵀ in the dtype of its inputs, and so are its gradients.
+
+    Leaving autocast in the forward pass is not enough: a backward pass that is called inside an
+    autocast region would take its matrix products in half precision.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return a @ b.T
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors  # type: ignore[attr-defined]
+        with torch.autocast(gradient.device.type, enabled=False):
+            return similarities(gradient, b.T), similarities(gradient.T, a.T)
 
 
 def unit_rows(features: Tensor) -> Tensor:

@@ -46,7 +46,9 @@ def dist_loss(
         else:
             student, teacher = student.exp(), teacher.exp()
         distance = 1.0 - pearson(student, teacher, dim=0, eps=eps, mask=mask)
-        class_mean = distance.mean() if mask is None else distance.mean() * mask.any()
+        class_mean = distance.mean()
+        if mask is not None:
+            class_mean = torch.where(mask.any(), class_mean, 0.0)
         loss = loss + intra_weight * temperature**2 * class_mean
     return loss
 

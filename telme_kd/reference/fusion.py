@@ -14,22 +14,25 @@ def bounded_shift(
         displacement_norm = torch.where(displacement_norm == 0, 1.0, displacement_norm)
         ratio: Tensor = threshold * anchor_norm / (displacement_norm + eps)
         return anchor + ratio.clamp(max=1.0) * displacement
-    _, anchor_norm = _direction_and_norm(anchor)
-    direction, displacement_norm = _direction_and_norm(displacement)
+    _, anchor_norm, anchor_unit = _measure(anchor)
+    direction, displacement_norm, displacement_unit = _measure(displacement)
     longest = threshold * anchor_norm
-    # A zero displacement is never too long, so its undefined direction is never used.
-    return anchor + torch.where(longest < displacement_norm, direction * longest, displacement)
+    shortened = direction * longest * anchor_unit
+    unit = torch.maximum(anchor_unit, displacement_unit)
+    unit = torch.where(unit == 0, 1.0, unit)
+    short_enough = displacement_norm * (displacement_unit / unit) <= longest * (anchor_unit / unit)
+    # NaN is not short enough, so that it reaches every entry; a zero displacement always is.
+    return anchor + torch.where(short_enough, displacement, shortened)
 
 
-def _direction_and_norm(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors (..., d) over their norm, and the norm (..., 1), right at any magnitude.
+def _measure(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Directions of vectors (..., d), their norms (..., 1) in a unit of their own, and the units.
 
-    They are first measured in units of their largest entry: 1e20 squared overflows float32, and
-    1e-25 squared vanishes. A zero vector has norm 0, direction 0 and gradient 0.
+    The unit is the largest entry: 1e20 squared overflows float32, 1e-25 squared vanishes, and a
+    norm itself may be too large. A zero vector has norm 0, direction 0 and gradient 0.
     """
-    largest = vectors.detach().abs().amax(dim=-1, keepdim=True)
-    present = largest != 0
-    scaled = vectors / torch.where(present, largest, 1.0)
-    squared = torch.where(present, scaled.square().sum(dim=-1, keepdim=True), 1.0)
-    norm = squared.sqrt()
-    return scaled / norm, torch.where(present, norm * largest, 0.0)
+    unit = vectors.detach().abs().amax(dim=-1, keepdim=True)
+    present = unit != 0
+    scaled = vectors / torch.where(present, unit, 1.0)
+    norm = torch.where(present, scaled.square().sum(dim=-1, keepdim=True), 1.0).sqrt()
+    return scaled / norm, torch.where(present, norm, 0.0), unit

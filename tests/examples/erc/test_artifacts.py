@@ -87,8 +87,12 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-8])
 
 
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("spoil", [flip, truncate, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize("spoil", [flip, truncate, empty])
 def test_obtain_repairs_damage_with_a_warning(
     stage: Artifact,
     name: str,
@@ -111,9 +115,10 @@ def test_obtain_repairs_a_missing_file(
     assert f"{name} is missing" in capsys.readouterr().err
 
 
-def test_obtain_does_not_believe_an_edited_score(stage: Artifact) -> None:
+@pytest.mark.parametrize("score", ["0.9", "NaN", '"high"'])
+def test_obtain_does_not_believe_an_edited_score(stage: Artifact, score: str) -> None:
     path = stage.folder / "stage.json"
-    path.write_text(path.read_text().replace("0.5", "0.9"))
+    path.write_text(path.read_text().replace("0.5", score))
     again = obtain(stage.folder, "a stage", SETTINGS, trained)
     assert again.record["history"][1]["dev_weighted_f1"] == 0.5
 
