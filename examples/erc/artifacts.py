@@ -84,15 +84,14 @@ def obtain(
     except _DamageError as damage:
         print(f"warning: {title}: {damage}; computing it again", file=sys.stderr, flush=True)
         artifact = None
-    verb = "kept, "
+    kept = artifact is not None
     if artifact is None:
-        verb = ""
         artifact = _write(folder, fingerprint, settings, compute())
     record = artifact.record
     best = max(epoch["dev_weighted_f1"] for epoch in record["history"])
     print(
-        f"{title}: {verb}dev {100 * best:.2f} (epoch {record['selected_epoch']} of "
-        f"{len(record['history'])}), {record['seconds']:.1f} s",
+        f"{title}: {'kept, ' if kept else ''}dev {100 * best:.2f} (epoch "
+        f"{record['selected_epoch']} of {len(record['history'])}), {record['seconds']:.1f} s",
         flush=True,
     )
     return artifact
@@ -169,10 +168,10 @@ def _read(folder: Path, fingerprint: str) -> Artifact | None:
         return None
     try:
         stage = json.loads((folder / STAGE).read_text(encoding="utf-8"))
-        seal = stage.pop("seal")
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise _DamageError(f"{STAGE} is damaged") from error
-    if seal != sha256(canonical(stage)):
+        intact = stage.pop("seal") == sha256(canonical(stage))
+    except (ValueError, AttributeError, KeyError, TypeError):
+        intact = False
+    if not intact:
         raise _DamageError(f"{STAGE} is damaged")
     if stage["fingerprint"] != fingerprint:
         return None

@@ -61,35 +61,13 @@ def run(
     """
     _check_size(source)
     systems = plan(source.modalities)
+    finished: dict[int, dict[System, Artifact]] = {}
     with artifacts.exclusive(folder):
         source.prepare(folder)
-        trained = {}
         for seed in seeds:
             story = _Story(source, recipe, seed, folder / f"seed-{seed}", hardware)
-            trained[seed] = {system: story.tell(system) for system in systems}
-        results: dict[str, JSON] = {
-            "corpus": source.name,
-            "title": source.title,
-            "source": source.description,
-            "recipe": recipe.name,
-            "command": command,
-            "labels": list(source.labels),
-            "seeds": list(seeds),
-            "counts": {split: len(source.targets(split)) for split in SPLITS},
-            "systems": [
-                {
-                    **system.describe(),
-                    "runs": [_score(source, seed, trained[seed][system]) for seed in seeds],
-                }
-                for system in systems
-            ],
-            "versions": _versions(),
-            "seconds": sum(
-                artifact.record["seconds"]
-                for stages in trained.values()
-                for artifact in stages.values()
-            ),
-        }
+            finished[seed] = {system: story.tell(system) for system in systems}
+        results = {**_circumstances(source, recipe, command), **_evaluate(source, finished)}
         text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
         artifacts.replace(folder / RESULTS, lambda path: path.write_text(text, encoding="utf-8"))
     return results
@@ -273,6 +251,26 @@ def _check_size(source: Source) -> None:
         )
 
 
+def _evaluate(source: Source, finished: Mapping[int, Mapping[System, Artifact]]) -> dict[str, JSON]:
+    """Score every system: the end of the story."""
+    systems = next(iter(finished.values()))
+    return {
+        "seeds": list(finished),
+        "systems": [
+            {
+                **system.describe(),
+                "runs": [_score(source, seed, stages[system]) for seed, stages in finished.items()],
+            }
+            for system in systems
+        ],
+        "seconds": sum(
+            artifact.record["seconds"]
+            for stages in finished.values()
+            for artifact in stages.values()
+        ),
+    }
+
+
 def _score(source: Source, seed: int, artifact: Artifact) -> dict[str, JSON]:
     """One run of one system: the only place that looks at the labels of test."""
     dev, test = (artifact.outputs(split)["logits"] for split in ("dev", "test"))
@@ -287,10 +285,20 @@ def _score(source: Source, seed: int, artifact: Artifact) -> dict[str, JSON]:
     }
 
 
-def _versions() -> dict[str, JSON]:
+def _circumstances(source: Source, recipe: Recipe, command: str) -> dict[str, JSON]:
+    """What the scores are of."""
     packages = ("torch", "accelerate", "transformers", "scikit-learn", "numpy")
     return {
-        "telme_kd": telme_kd.__version__,
-        **{package: version(package) for package in packages},
-        "python": platform.python_version(),
+        "corpus": source.name,
+        "title": source.title,
+        "source": source.description,
+        "recipe": recipe.name,
+        "command": command,
+        "labels": list(source.labels),
+        "counts": {split: len(source.targets(split)) for split in SPLITS},
+        "versions": {
+            "telme_kd": telme_kd.__version__,
+            **{package: version(package) for package in packages},
+            "python": platform.python_version(),
+        },
     }

@@ -3,7 +3,7 @@
 *Released* is the authors' code, github.com/yuntaeyang/TelME at commit f22fc9f; files and lines are
 those of its folder ``IEMOCAP``. *Paper* is Yun et al., NAACL 2024 (arXiv 2401.12987); its Table 9
 was at hand through summaries only, so a number that rests on it says so.
-The README lists where the two differ, and where we depart from both.
+The README tells where the two differ, ``docs/pipelines.rst`` where we depart from both.
 """
 
 from dataclasses import replace
@@ -43,7 +43,7 @@ RELEASED = Recipe(
         threshold=0.2,  # fusion.py:189
         num_heads=4,  # fusion.py:189
         dropout=0.2,  # fusion.py:189
-        attend_over="modalities",  # the code attends over the batch: a fault, see the README
+        attend_over="modalities",  # the code attends over the batch: a fault, not a number
     ),
 )
 
