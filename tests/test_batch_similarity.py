@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from telme_kd import BatchSimilarityLoss
 from telme_kd.functional import batch_similarity_loss
@@ -264,6 +265,13 @@ def test_teacher_gradient_flows_through_both_distributions() -> None:
             moved.append(truth.batch_similarity(student.numpy(), copied.numpy(), temperature=0.5))
         difference = (moved[0] - moved[1]) / (2 * step)
         assert teacher.grad[i, j].item() == pytest.approx(difference, abs=1e-9)
+
+
+def test_teacher_without_a_gradient_costs_no_product() -> None:
+    student, teacher = pair(16, 8).unbind()
+    with FlopCounterMode(display=False) as counter:
+        value_and_gradient(student, teacher, backend="reference")
+    assert counter.get_total_flops() == 3 * (2 * 16 * 16 * 8)  # T T', T S' and the student's
 
 
 def test_upstream_gradient_is_used() -> None:

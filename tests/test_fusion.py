@@ -75,6 +75,11 @@ def test_anchor_is_kept_to_the_bit_without_threshold_or_displacement(
         assert torch.equal(shifted, anchor)
 
 
+def test_anchor_is_kept_to_the_bit_beside_a_displacement_that_vanishes_in_its_unit() -> None:
+    anchor, displacement = torch.tensor([1e30, 0.0]), torch.tensor([0.0, 1e-30])
+    assert torch.equal(bounded_shift(anchor, displacement, threshold=0.0), anchor)
+
+
 @MODES
 @given(case=strategies.shifts())
 def test_displacement_is_added_in_full_under_a_generous_threshold(
@@ -204,14 +209,7 @@ def test_nan_and_infinity_stay_in_their_row_and_are_seen(
     assert not shifted[2, 1].isfinite()
 
 
-@pytest.mark.parametrize(
-    "eps",
-    [
-        None,
-        1e-6,
-    ],
-    ids=["exact", "released"],
-)
+@MODES
 @pytest.mark.parametrize("side", [0, 1], ids=["anchor", "displacement"])
 def test_nan_anywhere_never_lets_a_shift_through_unbounded(side: int, eps: float | None) -> None:
     anchor = torch.tensor([[3.0, 4.0, 0.0, 0.0]])
@@ -741,6 +739,17 @@ def test_dropout_works_in_training_and_not_in_evaluation(attend_over: str) -> No
     assert torch.equal(
         head(attend_over, dropout=0.0).train()(*features), head(attend_over)(*features)
     )
+
+
+@ATTENTIONS
+def test_dropout_comes_after_each_norm(attend_over: str) -> None:
+    fusion = head(attend_over, dropout=0.5).train()
+    seen = []
+    fusion.shift.register_forward_pre_hook(lambda _, given: seen.append(given[1]))
+    fused = fusion(*inputs(2, 4))
+    # A norm would have moved the zeros off zero, and scaled what is left.
+    assert (seen[0] == 0).any()
+    assert (fused == 0).any()
 
 
 @ATTENTIONS

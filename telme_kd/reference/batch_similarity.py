@@ -54,10 +54,14 @@ class _Product(torch.autograd.Function):
         return a @ b.T
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors  # type: ignore[attr-defined]
+        a_needed, b_needed = ctx.needs_input_grad  # type: ignore[attr-defined]
         with torch.autocast(gradient.device.type, enabled=False):
-            return similarities(gradient, b.T), similarities(gradient.T, a.T)
+            return (
+                similarities(gradient, b.T) if a_needed else None,
+                similarities(gradient.T, a.T) if b_needed else None,
+            )
 
 
 def unit_rows(features: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ def bounded_shift(
     unit = torch.maximum(anchor_unit, displacement_unit)
     unit = torch.where(unit == 0, 1.0, unit)
     short_enough = displacement_norm * (displacement_unit / unit) <= longest * (anchor_unit / unit)
+    # Where nothing may be added, nor may a displacement whose share of the unit vanishes.
+    short_enough &= (longest > 0) | (displacement_norm == 0)
     # NaN is not short enough, so that it reaches every entry; a zero displacement always is.
     return anchor + torch.where(short_enough, displacement, shortened)
 
