@@ -147,14 +147,15 @@ def _run(name: str, title: str, options: dict[str, Any], typed: str) -> None:
 
     hardware = Hardware(options["device"], options["mixed_precision"])
     source: Source
-    if kind == "features":
+    if kind != "raw":
         import torch
 
+        # The matrices are small: threads would wait for each other, and with other work on the
+        # machine a step takes several times as long. One thread also sums in one order.
+        torch.set_num_threads(1)
+    if kind == "features":
         from examples.erc.features import FeatureSource
 
-        # The matrices are small: threads would wait for each other, and with other work on the
-        # machine a step takes five times as long (88 ms for 16). One thread also sums in one order.
-        torch.set_num_threads(1)
         source = FeatureSource(options["features"], name, modalities)
     elif kind == "raw":
         from examples.erc.raw import DEFAULT_ENCODERS, RawSource
