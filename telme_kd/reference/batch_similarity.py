@@ -1,5 +1,7 @@
 """Batch similarity (TelME Eq. 13-15) in plain PyTorch."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
@@ -48,16 +50,22 @@ class _Product(torch.autograd.Function):
     autocast region would take its matrix products in half precision.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: FunctionCtx, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
+    def forward(a: Tensor, b: Tensor) -> Tensor:
         return a @ b.T
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors  # type: ignore[attr-defined]
         a_needed, b_needed = ctx.needs_input_grad  # type: ignore[attr-defined]
-        with torch.autocast(gradient.device.type, enabled=False):
+        device = gradient.device.type
+        with torch.autocast(device, enabled=False) if device != "meta" else nullcontext():
             return (
                 similarities(gradient, b.T) if a_needed else None,
                 similarities(gradient.T, a.T) if b_needed else None,

@@ -34,7 +34,8 @@ def dist_loss(
     student_log_probabilities = torch.log_softmax(student_logits / temperature, dim=-1)
     teacher_log_probabilities = torch.log_softmax(teacher_logits / temperature, dim=-1)
 
-    loss = student_logits[:0].sum()  # zero, and on the graph even if both weights are zero
+    # Zero, and on the graph even if both weights are zero.
+    loss = student_logits[:0].sum() + teacher_logits[:0].sum()
     if inter_weight:
         student, teacher = student_log_probabilities.exp(), teacher_log_probabilities.exp()
         distance = 1.0 - pearson(student, teacher, dim=-1, eps=eps)

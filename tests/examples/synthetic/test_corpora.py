@@ -120,17 +120,22 @@ def test_a_finished_corpus_is_left_alone(writer: ModuleType, root: Path) -> None
 
 
 def test_an_interrupted_corpus_is_continued_to_the_same_end(
-    writer: ModuleType, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: str,
+    writer: ModuleType,
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    write_table, calls = writer._write_table, []
+    name = {"meld": "_write_clip", "iemocap": "_write_dialogue"}[corpus]
+    write_media, calls = getattr(writer, name), []
 
     def interrupt(*arguments: object) -> None:
         calls.append(arguments)
-        if len(calls) == 2:
+        if len(calls) == 3:
             raise KeyboardInterrupt
-        write_table(*arguments)
+        write_media(*arguments)
 
-    monkeypatch.setattr(writer, "_write_table", interrupt)
+    monkeypatch.setattr(writer, name, interrupt)
     with pytest.raises(KeyboardInterrupt):
         writer.write(tmp_path, seed=3, size=SIZE)
     monkeypatch.undo()
