@@ -86,7 +86,7 @@ class Manifest:
         try:
             found = json.loads(self._path.read_text(encoding="utf-8"))
             digests: dict[str, str] | None = found.pop("files")
-        except (ValueError, LookupError, AttributeError) as error:
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
             raise InputError(
                 f"{self._path}: expected the marker of a synthetic corpus, got a damaged file; "
                 "remove the folder"
