@@ -58,7 +58,7 @@ class SyntheticSource(RawSource):
         paths = encoders.write(folder / "encoders", texts, seed=seed)
         super().__init__(
             corpus,
-            f"synthetic {title}",
+            f"Synthetic {title}",
             encoders={modality: str(paths[modality]) for modality in modalities},
         )
 

@@ -35,7 +35,7 @@ def test_the_whole_story_runs_from_clips_to_results(name: str, title: str, tmp_p
 
     first = tell()
     checked = read(first)
-    assert checked.title == f"synthetic {title}"
+    assert checked.title == f"Synthetic {title}"
     assert len(checked.systems) == 17
     assert checked.counts == {"train": 9, "dev": 4, "test": 4}
     assert tell() == first  # every stage was kept: times are the same too
