@@ -99,7 +99,7 @@ def _tokenizer(texts: Iterable[str]) -> RobertaTokenizer:
         initial_alphabet=ByteLevel.alphabet(),
         show_progress=False,
     )
-    # Every word both after a space and at the beginning of a text, wherever it occurred.
+    # In a prompt, even the first word of an utterance stands after a space.
     learner.train_from_iterator((text for known in texts for text in (known, " " + known)), trainer)
     model = json.loads(learner.to_str())["model"]
     merges: Any = [tuple(pair) for pair in model["merges"]]
