@@ -197,7 +197,8 @@ def test_a_signal_in_the_middle_of_training_loses_nothing(
     write_features: Write, tmp_path: Path
 ) -> None:
     words = [sys.executable, "-m", "examples.meld", "--features", str(write_features())]
-    words += ["--output", str(tmp_path / "run"), "--device", "cpu", "--epochs", "500"]
+    # So many seeds that it cannot have finished by the time that the signal arrives.
+    words += ["--output", str(tmp_path / "run"), "--device", "cpu", "--seeds", "1000"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline().startswith("MELD, seed 0, text: dev ")
