@@ -5,19 +5,23 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: setup demo test lint types tests docs wheel clean
+.PHONY: setup demo bench test lint types tests docs wheel clean
 
 setup: $(READY)
 
 $(READY): setup.cfg pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint .ci/constraints.txt torch
-	$(PIP) install --quiet --constraint .ci/constraints.txt --editable '.[examples,docs,dev]'
+	$(PIP) install --quiet --constraint .ci/constraints.txt --editable '.[triton,examples,docs,dev]'
 	touch $@
 
 # The whole pipeline on the embedded corpus; prints the table and where the report is.
 demo: $(READY)
 	$(BIN)/python -m examples.meld --synthetic --output runs/demo
+
+# Every operator on whatever the machine has; prints which targets are met.
+bench: $(READY)
+	$(BIN)/python -m benchmarks
 
 test: lint types tests docs wheel
 

@@ -1,6 +1,8 @@
-"""What every test shares: one thread, Hypothesis profiles, and warnings that start afresh."""
+"""What every test shares: Triton's interpreter, one thread, Hypothesis profiles, fresh warnings."""
 
 import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels run without a GPU
 
 import pytest
 import torch
