@@ -14,7 +14,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from telme_kd._typing import AttendOver, Backend, ProcessGroup
+from telme_kd._precision import layer_dtype
+from telme_kd._typing import AttendOver, Backend, LinearHead, ProcessGroup
 from telme_kd.errors import (
     DegenerateBatchWarning,
     DeviceError,
@@ -101,6 +102,61 @@ def _matrix_pair(
         )
     if mask is not None:
         item_mask(mask, batch_shape, student)
+
+
+def linear_heads(student: LinearHead, teacher: LinearHead, mask: Tensor | None) -> None:
+    """Check hidden states, weight and bias of both sides, and the mask over their batch axes."""
+    student_hidden, student_weight, _ = student
+    teacher_hidden, teacher_weight, _ = teacher
+    for side, head in (("student", student), ("teacher", teacher)):
+        _linear_head(side, *head)
+    same_batch_axes("teacher_hidden", teacher_hidden, "student_hidden", student_hidden)
+    if teacher_weight.shape[0] != student_weight.shape[0]:
+        raise ShapeError(
+            f"teacher_weight: expected {student_weight.shape[0]} classes (rows) as "
+            f"student_weight, got {teacher_weight.shape[0]}; both must score the same label set"
+        )
+    if mask is not None:
+        item_mask(mask, student_hidden.shape[:-1], student_hidden)
+
+
+def _linear_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    hidden_name, weight_name, bias_name = f"{side}_hidden", f"{side}_weight", f"{side}_bias"
+    floating(hidden_name, hidden)
+    floating(weight_name, weight)
+    if hidden.ndim < 2:
+        raise ShapeError(
+            f"{hidden_name}: expected at least 2 axes, a batch and its hidden states, got shape "
+            f"{tuple(hidden.shape)}; for a single item use .unsqueeze(0)"
+        )
+    if 0 in hidden.shape:
+        raise ShapeError(
+            f"{hidden_name}: expected at least one item and one column, got shape "
+            f"{tuple(hidden.shape)}; skip the loss for an empty batch"
+        )
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ShapeError(
+            f"{weight_name}: expected (V, {hidden.shape[-1]}) with V >= 1 for {hidden_name} "
+            f"{tuple(hidden.shape)}, got {tuple(weight.shape)}; pass a linear layer's weight as "
+            "it is"
+        )
+    others = [(weight_name, weight)]
+    if bias is not None:
+        floating(bias_name, bias)
+        if bias.shape != weight.shape[:1]:
+            raise ShapeError(
+                f"{bias_name}: expected ({weight.shape[0]},) for {weight_name} "
+                f"{tuple(weight.shape)}, got {tuple(bias.shape)}; pass a linear layer's bias as "
+                "it is"
+            )
+        others.append((bias_name, bias))
+    for name, value in others:
+        same_device(name, value, hidden_name, hidden)
+        if layer_dtype(value) != layer_dtype(hidden):
+            raise DTypeError(
+                f"{name}: expected dtype {hidden.dtype} as {hidden_name}, got {value.dtype}; "
+                "convert one of them, or call inside torch.autocast"
+            )
 
 
 def item_mask(mask: Tensor, batch_shape: Sequence[int], like: Tensor) -> None:

@@ -1,31 +1,39 @@
-"""Which implementation computes an operator, and under which precision rules it runs.
+"""Which implementation computes an operator.
 
 The choice looks at the operator, the device and dtype of its tensors, their shapes and whether they
 need gradients; never at their values. A backend changes the speed, never the definition.
 """
 
+import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from telme_kd import _checks
 from telme_kd._typing import Backend
 from telme_kd.errors import BackendError
+from telme_kd.kernels import batch_similarity, dist, fusion, linear_dist
 from telme_kd.reference.batch_similarity import batch_similarity_loss
 from telme_kd.reference.dist import dist_loss
+from telme_kd.reference.fusion import gate_and_shift
+from telme_kd.reference.linear_dist import linear_dist_loss
 
-# Asked once: torch.compile of torch 2.6 cannot trace the question.
-_AUTOCAST_DEVICES = frozenset(
-    kind
-    for kind in ("cpu", "cuda", "hpu", "ipu", "maia", "mps", "mtia", "xla", "xpu")
-    if torch.amp.is_autocast_available(kind)
-)
+# Asked once; importing Triton itself waits until a call needs it.
+_TRITON_INSTALLED = find_spec("triton") is not None
+_TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-Operator: TypeAlias = Literal["dist_loss", "batch_similarity_loss"]
+# torch 2.6 cannot tell.
+_is_exporting = getattr(torch.compiler, "is_exporting", bool)
+
+Operator: TypeAlias = Literal[
+    "dist_loss", "batch_similarity_loss", "linear_dist_loss", "gate_and_shift"
+]
 
 
 @dataclass(frozen=True)
@@ -36,34 +44,148 @@ class Implementation:
         backend: its name.
         function: tensors and keyword options in, a tensor out.
         reasons_against: why it cannot serve these tensors; none if it can.
+        widens: whether it takes half precision and mixed dtypes as they are. If not, its tensors
+            must come in the dtype that it computes in.
     """
 
     backend: Backend
     function: Callable[..., Tensor]
     reasons_against: Callable[[Sequence[Tensor]], list[str]]
+    widens: bool = False
 
 
 def _serves_all(tensors: Sequence[Tensor]) -> list[str]:
     return []
 
 
-# In order of preference: "auto" takes the first that has no reason against it.
+def _against_cpu(tensors: Sequence[Tensor]) -> list[str]:
+    reasons = _against_kernels(tensors)
+    others = sorted({tensor.device.type for tensor in tensors} - {"cpu"})
+    if others:
+        reasons.append(f"it computes on the CPU, got tensors on {', '.join(others)}")
+    return reasons
+
+
+def _against_triton(tensors: Sequence[Tensor]) -> list[str]:
+    reasons = _against_kernels(tensors)
+    if not _TRITON_INSTALLED:
+        reasons.append("Triton is not installed; pip install 'telme-kd[triton]'")
+    device = "cpu" if _TRITON_INTERPRETED else "cuda"
+    others = sorted({tensor.device.type for tensor in tensors} - {device})
+    if others:
+        where = "in Triton's interpreter, on the CPU" if _TRITON_INTERPRETED else "on CUDA devices"
+        reasons.append(f"it computes {where}, got tensors on {', '.join(others)}")
+    if any(tensor.dtype is torch.float64 for tensor in tensors):
+        reasons.append("it computes in float32, got float64")
+    return reasons
+
+
+def _against_kernels(tensors: Sequence[Tensor]) -> list[str]:
+    """What no hand-written pass knows: other kinds of tensors and other ways to differentiate."""
+    reasons = []
+    if any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors):
+        kinds = sorted({type(tensor).__name__ for tensor in tensors} - {"Tensor", "Parameter"})
+        reasons.append(f"it takes plain tensors, got {', '.join(kinds)}")
+    if torch.compiler.is_compiling():
+        return reasons
+    if torch._C._are_functorch_transforms_active():
+        reasons.append("it does not run inside torch.func's transforms")
+    elif any(_is_dual(tensor) for tensor in tensors):
+        reasons.append("it has no forward-mode derivative")
+    return reasons
+
+
+def _is_dual(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def _against_cpu_fusion(tensors: Sequence[Tensor]) -> list[str]:
+    return _against_cpu(tensors) + _against_tracing()
+
+
+def _against_triton_fusion(tensors: Sequence[Tensor]) -> list[str]:
+    reasons = _against_triton(tensors) + _against_tracing()
+    if reasons:
+        return reasons
+    from telme_kd.kernels.triton.fusion import reasons_against  # Triton may be absent elsewhere
+
+    return reasons_against(tensors[0].shape[-1])
+
+
+def _against_tracing() -> list[str]:
+    """A traced or exported head must run where this library is not installed."""
+    if torch._C._get_tracing_state() is not None or _is_exporting():
+        return ["it is no part of a traced or exported program"]
+    return []
+
+
+# In order of preference: "auto" takes the first that has no reason against it. Only "triton" may be
+# interpreted instead of compiled, and then nobody wants it for its speed.
 _IMPLEMENTATIONS: dict[Operator, tuple[Implementation, ...]] = {
-    "dist_loss": (Implementation("reference", dist_loss, _serves_all),),
-    "batch_similarity_loss": (Implementation("reference", batch_similarity_loss, _serves_all),),
+    "dist_loss": (
+        Implementation("cpu", partial(dist.dist_loss, backend="cpu"), _against_cpu, widens=True),
+        Implementation(
+            "triton", partial(dist.dist_loss, backend="triton"), _against_triton, widens=True
+        ),
+        Implementation("reference", dist_loss, _serves_all),
+    ),
+    "batch_similarity_loss": (
+        Implementation(
+            "cpu",
+            partial(batch_similarity.batch_similarity_loss, backend="cpu"),
+            _against_cpu,
+            widens=True,
+        ),
+        Implementation(
+            "triton",
+            partial(batch_similarity.batch_similarity_loss, backend="triton"),
+            _against_triton,
+            widens=True,
+        ),
+        Implementation("reference", batch_similarity_loss, _serves_all),
+    ),
+    "linear_dist_loss": (
+        Implementation(
+            "cpu", partial(linear_dist.linear_dist_loss, backend="cpu"), _against_cpu, widens=True
+        ),
+        Implementation(
+            "triton",
+            partial(linear_dist.linear_dist_loss, backend="triton"),
+            _against_triton,
+            widens=True,
+        ),
+        Implementation("reference", linear_dist_loss, _serves_all, widens=True),
+    ),
+    "gate_and_shift": (
+        Implementation(
+            "cpu",
+            partial(fusion.gate_and_shift, backend="cpu"),
+            _against_cpu_fusion,
+            widens=True,
+        ),
+        Implementation(
+            "triton",
+            partial(fusion.gate_and_shift, backend="triton"),
+            _against_triton_fusion,
+            widens=True,
+        ),
+        Implementation("reference", gate_and_shift, _serves_all),
+    ),
 }
 
 
 def available_backends() -> tuple[str, ...]:
-    """Return the names that ``backend=`` accepts here, beside ``"auto"``.
+    """Return the names that ``backend=`` accepts on this machine, beside ``"auto"``.
 
     Example:
         >>> import telme_kd
         >>> "reference" in telme_kd.available_backends()
         True
     """
-    names = (row.backend for rows in _IMPLEMENTATIONS.values() for row in rows)
-    return tuple(dict.fromkeys(names))
+    names = dict.fromkeys(row.backend for rows in _IMPLEMENTATIONS.values() for row in rows)
+    if not (_TRITON_INSTALLED and (_TRITON_INTERPRETED or torch.cuda.is_available())):
+        names.pop("triton", None)
+    return tuple(names)
 
 
 def choose(operator: Operator, backend: Backend, tensors: Sequence[Tensor]) -> Implementation:
@@ -95,18 +217,3 @@ def choose(operator: Operator, backend: Backend, tensors: Sequence[Tensor]) -> I
         f"backend: {backend!r} cannot compute {operator}: {'; '.join(reasons)}; "
         f"use backend='auto' or one of {available_backends()}"
     )
-
-
-def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """Return the dtype that losses compute in and return: the widest given, float32 at least."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
-def outside_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which autocast leaves the dtypes on a device alone."""
-    if device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch.distributed
+from torch import Tensor
 
 if TYPE_CHECKING or torch.distributed.is_available():
     from torch.distributed import ProcessGroup as ProcessGroup
@@ -17,3 +18,6 @@ AttendOver: TypeAlias = Literal["modalities", "dialogue", "batch"]
 
 Group: TypeAlias = ProcessGroup | Literal["world"] | None
 """A process group, ``"world"`` for all processes, or None for this process alone."""
+
+LinearHead: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
+"""Hidden states (..., d) and the weight (V, d) and bias (V,) of the layer that reads them."""

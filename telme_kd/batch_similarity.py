@@ -3,7 +3,8 @@
 from torch import Tensor, nn
 
 from telme_kd import _checks
-from telme_kd._dispatch import accumulation_dtype, choose, outside_autocast
+from telme_kd._dispatch import choose
+from telme_kd._precision import accumulation_dtype, outside_autocast
 from telme_kd._typing import Backend, Group
 from telme_kd.distributed import gather_batch
 
@@ -76,10 +77,12 @@ def batch_similarity_loss(
     _checks.group_word(group)
     implementation = choose("batch_similarity_loss", backend, (student_features, teacher_features))
 
-    dtype = accumulation_dtype(student_features, teacher_features)
     width = student_features.shape[-1]
-    student = student_features.reshape(-1, width).to(dtype)
-    teacher = teacher_features.reshape(-1, width).to(dtype)
+    student = student_features.reshape(-1, width)
+    teacher = teacher_features.reshape(-1, width)
+    if not implementation.widens or group is not None:  # rows travel in the precision of the loss
+        dtype = accumulation_dtype(student, teacher)
+        student, teacher = student.to(dtype), teacher.to(dtype)
     items = None if mask is None else mask.reshape(-1)
     student, teacher, items = gather_batch(student, teacher, items, group)
     _checks.similarities_exist(student.shape[0])

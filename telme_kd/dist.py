@@ -7,7 +7,8 @@ the classes (inter-class), and along each column, how a class ranks the items (i
 from torch import Tensor, nn
 
 from telme_kd import _checks
-from telme_kd._dispatch import accumulation_dtype, choose, outside_autocast
+from telme_kd._dispatch import choose
+from telme_kd._precision import accumulation_dtype, outside_autocast
 from telme_kd._typing import Backend, Group
 from telme_kd.distributed import gather_batch
 
@@ -101,9 +102,11 @@ def dist_loss(
     _checks.group_word(group)
     implementation = choose("dist_loss", backend, (student_logits, teacher_logits))
 
-    dtype = accumulation_dtype(student_logits, teacher_logits)
-    student = _class_matrix(student_logits, class_axis).to(dtype)
-    teacher = _class_matrix(teacher_logits, class_axis).to(dtype)
+    student = _class_matrix(student_logits, class_axis)
+    teacher = _class_matrix(teacher_logits, class_axis)
+    if not implementation.widens or group is not None:  # rows travel in the precision of the loss
+        dtype = accumulation_dtype(student, teacher)
+        student, teacher = student.to(dtype), teacher.to(dtype)
     items = None if mask is None else mask.reshape(-1)
     student, teacher, items = gather_batch(student, teacher, items, group)
     _checks.relations_exist(*student.shape)

@@ -7,10 +7,13 @@ anchor's norm of the anchor.
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 
 from telme_kd import _checks
-from telme_kd._dispatch import accumulation_dtype, outside_autocast
-from telme_kd._typing import AttendOver
+from telme_kd._dispatch import choose
+from telme_kd._precision import accumulation_dtype, outside_autocast
+from telme_kd._typing import AttendOver, Backend
+from telme_kd.kernels.fusion import products
 from telme_kd.reference import fusion as reference
 
 
@@ -82,9 +85,12 @@ class ShiftingFusion(nn.Module):
         displacement_dim: width of the non-verbal feature, >= 1.
         threshold: :math:`\theta` >= 0; the released code has 0.1 for MELD and 0.2 for IEMOCAP.
         eps: as in :func:`bounded_shift`.
+        backend: ``"auto"``, or a name out of :func:`telme_kd.available_backends`. ``gate`` and
+            ``value`` may be replaced by other modules, or carry hooks: they are called as modules
+            then, and the rest is fused all the same.
 
     Raises:
-        RangeError: a number is out of range.
+        RangeError: a number or word is out of range.
         DTypeError: a number is of another type.
 
     Example:
@@ -102,8 +108,11 @@ class ShiftingFusion(nn.Module):
         threshold: float = 0.1,
         *,
         eps: float | None = None,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
+        _checks.backend_word(backend)
+        self.backend: Backend = backend
         self.anchor_dim = _checks.positive_integer("anchor_dim", anchor_dim)
         self.displacement_dim = _checks.positive_integer("displacement_dim", displacement_dim)
         self.threshold = _checks.non_negative("threshold", threshold)
@@ -125,17 +134,66 @@ class ShiftingFusion(nn.Module):
             ShapeError: a width or batch axis does not fit.
             DTypeError: an input is no floating tensor.
             DeviceError: the tensors lie on different devices.
+            BackendError: the named backend cannot serve this call.
         """
+        return self._fuse(anchor, nonverbal, None, None)
+
+    def _fuse(
+        self,
+        anchor: Tensor,
+        nonverbal: Tensor,
+        norm: nn.LayerNorm | None,
+        dropout: nn.Dropout | None,
+    ) -> Tensor:
+        """Shift, then normalise and drop out if given modules for it, which are not called."""
         _checks.last_axis("anchor", anchor, self.anchor_dim)
         _checks.last_axis("nonverbal", nonverbal, self.displacement_dim)
         _checks.same_batch_axes("nonverbal", nonverbal, "anchor", anchor)
-        gate = torch.relu(self.gate(torch.cat((anchor, nonverbal), dim=-1)))  # Eq. 16
-        displacement = gate * self.value(nonverbal)  # Eq. 17
-        return bounded_shift(anchor, displacement, threshold=self.threshold, eps=self.eps)
+        norm_weight, norm_bias = (None, None) if norm is None else (norm.weight, norm.bias)
+        if plain := _is_plain(self.gate, nn.Linear) and _is_plain(self.value, nn.Linear):
+            gate_bias, value_bias = self.gate.bias, self.value.bias
+            tensors = [anchor, nonverbal, self.gate.weight, self.value.weight]
+        else:
+            gate_bias, value_bias = None, None  # the layers add them
+            gate, value = self._by_layers(anchor, nonverbal)
+            tensors = [anchor, gate, value]
+        parameters = (gate_bias, value_bias, norm_weight, norm_bias)
+        implementation = choose(
+            "gate_and_shift",
+            self.backend,
+            [*tensors, *(parameter for parameter in parameters if parameter is not None)],
+        )
+        if implementation.backend == "reference":
+            if plain:
+                gate, value = self._by_layers(anchor, nonverbal)
+            displacement = torch.relu(gate) * value  # Eq. 17
+            fused = bounded_shift(anchor, displacement, threshold=self.threshold, eps=self.eps)
+            fused = fused if norm is None else norm(fused)
+            return fused if dropout is None else dropout(fused)
+        rows = anchor.reshape(-1, self.anchor_dim)
+        if plain:
+            others = nonverbal.reshape(-1, self.displacement_dim)
+            gate, value = products(rows, others, self.gate.weight, self.value.weight)
+        fused = implementation.function(
+            rows,
+            gate.reshape(rows.shape),
+            value.reshape(rows.shape),
+            *parameters,
+            threshold=self.threshold,
+            eps=self.eps,
+            norm_eps=None if norm is None else norm.eps,
+            rate=dropout.p if dropout is not None and dropout.training else 0.0,
+            output_dtype=anchor.dtype if norm is None else _normalised_dtype(anchor),
+        )
+        return fused.reshape(anchor.shape)
+
+    def _by_layers(self, anchor: Tensor, nonverbal: Tensor) -> tuple[Tensor, Tensor]:
+        """The arguments of Eq. 16's ReLU and of Eq. 17's product."""
+        return self.gate(torch.cat((anchor, nonverbal), dim=-1)), self.value(nonverbal)
 
     def extra_repr(self) -> str:
         """Return the options, as ``repr`` shows them."""
-        return f"threshold={self.threshold}, eps={self.eps}"
+        return f"threshold={self.threshold}, eps={self.eps}, backend={self.backend!r}"
 
 
 class AttentionShiftingFusion(nn.Module):
@@ -174,6 +232,9 @@ class AttentionShiftingFusion(nn.Module):
         num_classes: None to return fused features, or the number of classes for logits.
         causal: with ``attend_over="dialogue"``, an utterance sees itself and what came before.
         eps: as in :func:`bounded_shift`.
+        backend: what computes everything after the attention, as in :class:`ShiftingFusion`. If
+            ``shift``, ``norm`` or ``dropout`` is replaced by another module or carries hooks, each
+            is called as a module.
 
     Raises:
         RangeError: a number or word is out of range, or ``causal`` without a dialogue.
@@ -200,6 +261,7 @@ class AttentionShiftingFusion(nn.Module):
         *,
         causal: bool = False,
         eps: float | None = None,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         self.anchor_dim = _checks.positive_integer("anchor_dim", anchor_dim)
@@ -223,7 +285,9 @@ class AttentionShiftingFusion(nn.Module):
         self.attention = _SelfAttention(token_dim, heads)
         self.attention_norm = nn.LayerNorm(token_dim)
         self.attention_dropout = nn.Dropout(rate)
-        self.shift = ShiftingFusion(self.anchor_dim, nonverbal_dim, threshold, eps=eps)
+        self.shift = ShiftingFusion(
+            self.anchor_dim, nonverbal_dim, threshold, eps=eps, backend=backend
+        )
         self.norm = nn.LayerNorm(self.anchor_dim)
         self.dropout = nn.Dropout(rate)
         self.classifier = nn.Identity() if classes is None else nn.Linear(self.anchor_dim, classes)
@@ -246,6 +310,7 @@ class AttentionShiftingFusion(nn.Module):
             DTypeError: an input is no floating tensor, or the mask not bool.
             DeviceError: the tensors lie on different devices.
             RangeError: a mask with attention over modalities, where nothing is padding.
+            BackendError: the named backend cannot serve this call.
         """
         self._check(anchor, students, mask)
         if self.attend_over == "modalities":
@@ -266,9 +331,22 @@ class AttentionShiftingFusion(nn.Module):
                 nonverbal = attended.reshape(tokens.shape)
             else:
                 nonverbal = self._attend(tokens, mask)
-        fused: Tensor = self.dropout(self.norm(self.shift(anchor, nonverbal)))
+        fused: Tensor
+        if self._is_fusible():
+            fused = self.shift._fuse(anchor, nonverbal, self.norm, self.dropout)
+        else:
+            fused = self.dropout(self.norm(self.shift(anchor, nonverbal)))
         classified: Tensor = self.classifier(fused)
         return classified
+
+    def _is_fusible(self) -> bool:
+        return (
+            _is_plain(self.shift, ShiftingFusion)
+            and _is_plain(self.norm, nn.LayerNorm)
+            and self.norm.normalized_shape == (self.anchor_dim,)
+            and _is_plain(self.dropout, nn.Dropout)
+            and self.dropout.p < 1.0
+        )
 
     def _attend(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         attended = tokens + self.attention(tokens, mask=mask, causal=self.causal)
@@ -330,3 +408,23 @@ class _SelfAttention(nn.Module):
             itself = torch.eye(length, dtype=torch.bool, device=tokens.device)
             visible = (visible & mask[..., None, None, :]) | itself
         return visible
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module does what its class says and nobody listens: then it need not be called."""
+    return (
+        type(module) is kind
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and not module_hooks._has_any_global_hook()  # type: ignore[no-untyped-call]
+    )
+
+
+def _normalised_dtype(rows: Tensor) -> torch.dtype:
+    """What LayerNorm returns: its input's dtype, but float32 at least under CUDA's autocast."""
+    if rows.is_cuda and torch.is_autocast_enabled("cuda"):
+        return accumulation_dtype(rows)
+    return rows.dtype

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from telme_kd import _checks
-from telme_kd._dispatch import accumulation_dtype, outside_autocast
+from telme_kd._precision import accumulation_dtype, outside_autocast
 from telme_kd.batch_similarity import BatchSimilarityLoss
 from telme_kd.dist import DISTLoss
 

@@ -14,7 +14,12 @@ from hypothesis import strategies as st
 
 from telme_kd import BatchSimilarityLoss, DISTLoss, StudentLoss, _checks
 from telme_kd.errors import DegenerateBatchWarning, DTypeError, RangeError
-from telme_kd.functional import batch_similarity_loss, bounded_shift, dist_loss
+from telme_kd.functional import (
+    batch_similarity_loss,
+    bounded_shift,
+    dist_loss,
+    linear_dist_loss,
+)
 
 # --- numbers --------------------------------------------------------------------------------------
 
@@ -93,13 +98,15 @@ def test_checks_look_at_no_tensor_values() -> None:
     assert dist_loss(*logits, mask=mask).device.type == "meta"
     assert batch_similarity_loss(*features, mask=mask).device.type == "meta"
     assert bounded_shift(*features, threshold=0.1).device.type == "meta"
+    linear_heads = features[0], features[0], features[1], features[1]
+    assert linear_dist_loss(*linear_heads, mask=mask).device.type == "meta"
     _checks.class_labels(labels, (4,), logits[0])
 
 
 def test_only_checks_raise_to_users() -> None:
-    from telme_kd import batch_similarity, dist, functional, fusion, student
+    from telme_kd import batch_similarity, dist, functional, fusion, linear_dist, student
 
-    for module in (batch_similarity, dist, functional, fusion, student):
+    for module in (batch_similarity, dist, functional, fusion, linear_dist, student):
         assert "raise " not in inspect.getsource(module), module
 
 
@@ -192,6 +199,8 @@ def test_modules_warn_like_the_functions(caught: list[warnings.WarningMessage]) 
 def test_warning_points_at_the_caller(caught: list[warnings.WarningMessage]) -> None:
     dist(1, 7)
     similarity(1)
+    weight = torch.ones(2, 4)
+    linear_dist_loss(weight[None], weight, weight[None], weight)  # two items, two classes
     assert {message.filename for message in caught} == {__file__}
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from telme_kd import _dispatch, available_backends
-from telme_kd._dispatch import Implementation, accumulation_dtype, choose, outside_autocast
+from telme_kd._dispatch import Implementation, choose
 from telme_kd._typing import Backend
 from telme_kd.errors import BackendError, RangeError
 from telme_kd.functional import batch_similarity_loss, dist_loss
@@ -101,9 +101,27 @@ def test_backend_without_the_operator_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("loss", [dist_loss, batch_similarity_loss])
 def test_triton_is_refused_on_the_cpu(loss: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(BackendError, match="'triton' cannot compute"):
+    monkeypatch.setattr(_dispatch, "_TRITON_INTERPRETED", False)
+    reason = "'triton' cannot compute .*: it computes on CUDA devices, got tensors on cpu; use"
+    with pytest.raises(BackendError, match=reason):
         loss(*PAIR, backend="triton")
+
+
+def test_triton_is_listed_only_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "_TRITON_INTERPRETED", False)
+    assert ("triton" in available_backends()) is torch.cuda.is_available()
+    monkeypatch.setattr(_dispatch, "_TRITON_INSTALLED", False)
+    assert "triton" not in available_backends()
+    with pytest.raises(BackendError, match=r"Triton is not installed; pip install 'telme-kd\[tri"):
+        dist_loss(*PAIR, backend="triton")
+
+
+def test_named_backend_lists_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "_TRITON_INTERPRETED", False)
+    with pytest.raises(BackendError) as raised:
+        dist_loss(*PAIR.double(), backend="triton")
+    assert "on CUDA devices" in str(raised.value)
+    assert "float64" in str(raised.value)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -136,32 +154,3 @@ def test_every_backend_computes_the_reference_definition(backend: Backend) -> No
         except BackendError as error:
             pytest.skip(f"{backend} does not serve the CPU here: {error}")
         torch.testing.assert_close(value, loss(*PAIR, backend="reference"), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("dtypes", "expected"),
-    [
-        ((torch.float16,), torch.float32),
-        ((torch.bfloat16, torch.float16), torch.float32),
-        ((torch.float32, torch.float16), torch.float32),
-        ((torch.float64, torch.float16), torch.float64),
-        ((torch.float32, torch.float64), torch.float64),
-    ],
-    ids=str,
-)
-def test_accumulation_is_the_widest_given_and_float32_at_least(
-    dtypes: tuple[torch.dtype, ...], expected: torch.dtype
-) -> None:
-    assert accumulation_dtype(*(torch.empty(1, dtype=dtype) for dtype in dtypes)) is expected
-
-
-def test_autocast_is_left_and_resumed() -> None:
-    device = torch.device("cpu")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        with outside_autocast(device):
-            assert not torch.is_autocast_enabled("cpu")
-        assert torch.is_autocast_enabled("cpu")
-    with outside_autocast(device):
-        assert not torch.is_autocast_enabled("cpu")
-    with outside_autocast(torch.device("meta")):  # a device without autocast
-        pass

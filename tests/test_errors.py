@@ -36,6 +36,7 @@ from telme_kd.functional import (
     dist_loss,
     inter_class_loss,
     intra_class_loss,
+    linear_dist_loss,
 )
 
 BUILT_IN = {
@@ -50,6 +51,7 @@ BUILT_IN = {
 
 X = torch.randn(4, 7, generator=torch.manual_seed(0))
 META = X.to("meta")
+W = torch.randn(9, 7, generator=torch.manual_seed(1))
 LABELS = torch.tensor([0, 1, 2, 6])
 MASK = torch.ones(4, dtype=torch.bool)
 INF, NAN = float("inf"), float("nan")
@@ -243,6 +245,111 @@ MISTAKES: dict[str, Mistake] = {
     **_number_mistakes(
         "batch_similarity_loss", lambda v: batch_similarity_loss(X, X, temperature=v),
         "temperature", POSITIVE_TEXT, POSITIVE,
+    ),
+    # linear_dist_loss
+    "student_hidden: list": (
+        lambda: linear_dist_loss([[1.0]], W, X, W), DTypeError, "student_hidden",
+        r"a torch\.Tensor", "a list", r"use torch\.as_tensor",
+    ),
+    "student_weight: layer": (
+        lambda: linear_dist_loss(X, torch.nn.Linear(7, 9), X, W), DTypeError, "student_weight",
+        r"a torch\.Tensor", "a Linear", r"use torch\.as_tensor",
+    ),
+    "teacher_weight: integers": (
+        lambda: linear_dist_loss(X, W, X, W.long()), DTypeError, "teacher_weight",
+        "a real floating dtype", r"torch\.int64", r"use teacher_weight\.float\(\)",
+    ),
+    "student_hidden: one axis": (
+        lambda: linear_dist_loss(X[0], W, X, W), ShapeError, "student_hidden",
+        "at least 2 axes, a batch and its hidden states", r"shape \(7,\)",
+        r"for a single item use \.unsqueeze\(0\)",
+    ),
+    "student_hidden: no items": (
+        lambda: linear_dist_loss(X[:0], W, X[:0], W), ShapeError, "student_hidden",
+        "at least one item and one column", r"shape \(0, 7\)", "skip the loss for an empty batch",
+    ),
+    "teacher_hidden: no width": (
+        lambda: linear_dist_loss(X, W, X[:, :0], W[:, :0]), ShapeError, "teacher_hidden",
+        "at least one item and one column", r"shape \(4, 0\)", "skip the loss .*",
+    ),
+    "student_weight: transposed": (
+        lambda: linear_dist_loss(X, W.T, X, W), ShapeError, "student_weight",
+        r"\(V, 7\) with V >= 1 for student_hidden \(4, 7\)", r"\(7, 9\)",
+        "pass a linear layer's weight as it is",
+    ),
+    "teacher_weight: one axis": (
+        lambda: linear_dist_loss(X, W, X, W[0]), ShapeError, "teacher_weight",
+        r"\(V, 7\) with V >= 1 for teacher_hidden \(4, 7\)", r"\(7,\)", "pass a linear .*",
+    ),
+    "student_weight: no classes": (
+        lambda: linear_dist_loss(X, W[:0], X, W[:0]), ShapeError, "student_weight",
+        r"\(V, 7\) with V >= 1 for student_hidden \(4, 7\)", r"\(0, 7\)", "pass a linear .*",
+    ),
+    "student_bias: per width": (
+        lambda: linear_dist_loss(X, W, X, W, student_bias=W[0]), ShapeError, "student_bias",
+        r"\(9,\) for student_weight \(9, 7\)", r"\(7,\)", "pass a linear layer's bias as it is",
+    ),
+    "teacher_bias: number": (
+        lambda: linear_dist_loss(X, W, X, W, teacher_bias=0.0), DTypeError, "teacher_bias",
+        r"a torch\.Tensor", "a float", r"use torch\.as_tensor",
+    ),
+    "student_weight: dtype": (
+        lambda: linear_dist_loss(X, W.half(), X, W), DTypeError, "student_weight",
+        r"dtype torch\.float32 as student_hidden", r"torch\.float16",
+        r"convert one of them, or call inside torch\.autocast",
+    ),
+    "teacher_bias: dtype": (
+        lambda: linear_dist_loss(X, W, X, W, teacher_bias=W[:, 0].double()), DTypeError,
+        "teacher_bias", r"dtype torch\.float32 as teacher_hidden", r"torch\.float64",
+        "convert one of them, .*",
+    ),
+    "student_weight: device": (
+        lambda: linear_dist_loss(X, W.to("meta"), X, W), DeviceError, "student_weight",
+        "device cpu as student_hidden", "meta", r"use student_weight\.to\('cpu'\)",
+    ),
+    "teacher_hidden: device": (
+        lambda: linear_dist_loss(X, W, META, W.to("meta")), DeviceError, "teacher_hidden",
+        "device cpu as student_hidden", "meta", r"use teacher_hidden\.to\('cpu'\)",
+    ),
+    "teacher_hidden: other items": (
+        lambda: linear_dist_loss(X, W, X[:3], W), ShapeError, "teacher_hidden",
+        r"the batch axes \(4,\) of student_hidden", r"\(3,\)", "give one row per item in both",
+    ),
+    "teacher_weight: other classes": (
+        lambda: linear_dist_loss(X, W, X, W[:8]), ShapeError, "teacher_weight",
+        r"9 classes \(rows\) as student_weight", "8", "both must score the same label set",
+    ),
+    "linear_dist_loss: short mask": (
+        lambda: linear_dist_loss(X, W, X, W, mask=MASK[:3]), ShapeError, "mask",
+        r"the batch axes \(4,\)", r"\(3,\)", "give one entry per item",
+    ),
+    "linear_dist_loss: unknown backend": (
+        lambda: linear_dist_loss(X, W, X, W, backend="cuda"), RangeError, "backend",
+        "one of 'auto', 'reference', .*", "'cuda'", "check the spelling",
+    ),
+    **_number_mistakes(
+        "linear_dist_loss", lambda v: linear_dist_loss(X, W, X, W, chunk_bytes=v), "chunk_bytes",
+        "an integer >= 1", COUNT,
+    ),
+    **_number_mistakes(
+        "linear_dist_loss", lambda v: linear_dist_loss(X, W, X, W, chunk_bytes=v), "chunk_bytes",
+        "an integer", INTEGER,
+    ),
+    **_number_mistakes(
+        "linear_dist_loss", lambda v: linear_dist_loss(X, W, X, W, temperature=v), "temperature",
+        POSITIVE_TEXT, POSITIVE,
+    ),
+    **_number_mistakes(
+        "linear_dist_loss", lambda v: linear_dist_loss(X, W, X, W, inter_weight=v),
+        "inter_weight", "a finite number >= 0", NON_NEGATIVE,
+    ),
+    **_number_mistakes(
+        "linear_dist_loss", lambda v: linear_dist_loss(X, W, X, W, intra_weight=v),
+        "intra_weight", "a finite number >= 0", NON_NEGATIVE,
+    ),
+    **_number_mistakes(
+        "linear_dist_loss", lambda v: linear_dist_loss(X, W, X, W, eps=v), "eps",
+        "a finite number >= 0", NON_NEGATIVE,
     ),
     # modules tell at construction
     **_number_mistakes(
@@ -579,7 +686,7 @@ DIALOGUE = AttentionShiftingFusion(7, (7,), attend_over="dialogue")
         partial(dist_loss, X, X, temperature=0),
         partial(dist_loss, X, X, eps=-1),
         partial(dist_loss, X, X, backend="gpu"),
-        partial(dist_loss, X, X, backend="triton"),
+        partial(dist_loss, X.double(), X, backend="triton"),
         partial(dist_loss, X, X, group="world"),
         partial(dist_loss, X, X, mask=MASK[:2]),
         partial(batch_similarity_loss, X, X, temperature=0),

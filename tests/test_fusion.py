@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from telme_kd import AttentionShiftingFusion, ShiftingFusion
+from telme_kd.errors import RangeError
 from telme_kd.functional import bounded_shift
 from tests.helpers import strategies, tolerances, truth
 from tests.helpers.strategies import Shift
@@ -809,6 +810,162 @@ def test_half_precision_head_returns_its_dtype(attend_over: str, dtype: torch.dt
     fused = fusion(*features)
     assert fused.dtype is dtype
     assert fused.isfinite().all()
+
+
+# --- backends -------------------------------------------------------------------------------------
+
+
+class LowRank(nn.Module):
+    """A linear layer with an addition, as adapters make it."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+        self.down = nn.Linear(layer.in_features, 2, bias=False, dtype=layer.weight.dtype)
+        self.up = nn.Linear(2, layer.out_features, bias=False, dtype=layer.weight.dtype)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layer(features) + self.up(self.down(features))
+
+
+class Doubled(nn.LayerNorm):
+    def forward(self, features: Tensor) -> Tensor:
+        return 2 * super().forward(features)
+
+
+def _adapt_gate(fusion: AttentionShiftingFusion) -> None:
+    fusion.shift.gate = LowRank(fusion.shift.gate)
+
+
+def _adapt_value(fusion: AttentionShiftingFusion) -> None:
+    fusion.shift.value = LowRank(fusion.shift.value)
+
+
+def _hook_gate(fusion: AttentionShiftingFusion) -> None:
+    fusion.shift.gate.register_forward_hook(lambda module, given, output: 2 * output)
+
+
+def _hook_value(fusion: AttentionShiftingFusion) -> None:
+    fusion.shift.value.register_forward_pre_hook(lambda module, given: (2 * given[0],))
+
+
+def _hook_shift(fusion: AttentionShiftingFusion) -> None:
+    fusion.shift.register_forward_hook(lambda module, given, output: 2 * output)
+
+
+def _hook_norm(fusion: AttentionShiftingFusion) -> None:
+    fusion.norm.register_forward_hook(lambda module, given, output: 2 * output)
+
+
+def _hook_dropout(fusion: AttentionShiftingFusion) -> None:
+    fusion.dropout.register_forward_hook(lambda module, given, output: 2 * output)
+
+
+def _replace_norm(fusion: AttentionShiftingFusion) -> None:
+    fusion.norm = Doubled(6).double()
+
+
+def _patch_forward(fusion: AttentionShiftingFusion) -> None:
+    usual = fusion.norm.forward
+    fusion.norm.forward = lambda features: 2 * usual(features)
+
+
+def _drop_biases(fusion: AttentionShiftingFusion) -> None:
+    fusion.shift.gate.bias = fusion.shift.value.bias = fusion.norm.bias = None
+
+
+def _drop_gains(fusion: AttentionShiftingFusion) -> None:
+    fusion.norm = nn.LayerNorm(6, elementwise_affine=False)
+
+
+def _weight_norm(fusion: AttentionShiftingFusion) -> None:
+    nn.utils.parametrizations.weight_norm(fusion.shift.gate)
+
+
+CHANGES = (
+    _adapt_gate,
+    _adapt_value,
+    _hook_gate,
+    _hook_value,
+    _hook_shift,
+    _hook_norm,
+    _hook_dropout,
+    _replace_norm,
+    _patch_forward,
+    _drop_biases,
+    _drop_gains,
+    _weight_norm,
+)
+
+
+@pytest.mark.parametrize("change", [lambda fusion: None, *CHANGES])
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_changed_modules_count_whatever_the_backend(
+    backend: str, change: Callable[[AttentionShiftingFusion], None]
+) -> None:
+    outcomes = []
+    for name in (backend, "reference"):
+        fusion = head(backend=name, num_classes=3)
+        change(fusion)
+        leaves = [x.requires_grad_() for x in inputs(2, 3)]
+        fused = fusion(*leaves)
+        fused.square().sum().backward()
+        outcomes.append([fused, *(x.grad for x in (*leaves, *fusion.parameters()))])
+    for ours, expected in zip(*outcomes, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_listener_to_every_module_hears_those_of_the_head() -> None:
+    heard: list[type[nn.Module]] = []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, given, output: heard.append(type(module))
+    )
+    try:
+        head()(*inputs(2))
+    finally:
+        handle.remove()
+    assert heard.count(nn.LayerNorm) == 2
+    assert heard.count(ShiftingFusion) == 1
+
+
+@ATTENTIONS
+def test_backend_does_not_show_in_the_state(attend_over: str) -> None:
+    states = [head(attend_over, backend=name).state_dict() for name in ("auto", "reference")]
+    assert list(states[0]) == list(states[1])
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_unknown_backend_is_refused_where_the_module_is_made() -> None:
+    for make in (
+        lambda: ShiftingFusion(6, 4, backend="cuda"),  # type: ignore[arg-type]
+        lambda: AttentionShiftingFusion(6, (4,), backend="cuda"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(RangeError, match=r"^backend: expected one of 'auto', "):
+            make()
+
+
+def test_module_shows_its_backend() -> None:
+    assert "backend='reference'" in repr(head(backend="reference"))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_empty_batch_passes(backend: str) -> None:
+    fusion = head(backend=backend).train()
+    features = [x.requires_grad_() for x in inputs(0)]
+    fused = fusion(*features)
+    assert fused.shape == (0, 6)
+    fused.sum().backward()
+    assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in features)
+
+
+def test_frozen_anchor_and_weights_get_no_gradient() -> None:
+    fusion = head()
+    fusion.shift.gate.requires_grad_(False)
+    anchor, *students = inputs(3)
+    fusion(anchor, *(x.requires_grad_() for x in students)).square().sum().backward()
+    assert anchor.grad is None
+    assert fusion.shift.gate.weight.grad is None
+    assert all(x.grad is not None for x in (*students, fusion.shift.value.weight))
 
 
 COMPILED: dict[str, Callable[[], tuple[nn.Module, list[Tensor], dict[str, Any]]]] = {

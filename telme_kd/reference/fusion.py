@@ -1,7 +1,29 @@
-"""The bounded shift (TelME Eq. 18-19) in plain PyTorch."""
+"""The bounded shift (TelME Eq. 18-19), and the gate before it (Eq. 16-17), in plain PyTorch."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def gate_and_shift(
+    anchor: Tensor,
+    gate: Tensor,
+    value: Tensor,
+    gate_bias: Tensor | None,
+    value_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    *,
+    threshold: float,
+    eps: float | None,
+    norm_eps: float | None,
+) -> Tensor:
+    """Eq. 16-19 from the products with W_1 and W_2 on; then, unless None, LayerNorm."""
+    gate = gate if gate_bias is None else gate + gate_bias
+    value = value if value_bias is None else value + value_bias
+    shifted = bounded_shift(anchor, torch.relu(gate) * value, threshold=threshold, eps=eps)
+    if norm_eps is None:
+        return shifted
+    return nn.functional.layer_norm(shifted, shifted.shape[-1:], norm_weight, norm_bias, norm_eps)
 
 
 def bounded_shift(
