@@ -27,6 +27,7 @@ extensions = [
     "sphinxcontrib.bibtex",
     "sphinx-mathjax-offline",  # after sphinx.ext.mathjax: formulas without a network
     "committed_results",
+    "performance_results",
 ]
 exclude_patterns = ["_build", "_generated"]
 nitpicky = True

@@ -6,9 +6,7 @@ a build without it fails. The pipelines' results are reported where they exist.
 """
 
 import importlib
-import io
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import product
@@ -16,8 +14,7 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
-from matplotlib import rc_context
-from matplotlib.axes import Axes
+from generated import COLOURS, dress, picture, short, svg, table, write
 from matplotlib.figure import Figure
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
@@ -25,10 +22,7 @@ from sphinx.errors import ExtensionError
 Row = dict[str, Any]
 
 CORPORA = ("meld", "iemocap")
-COLOURS = {
-    "light": {"ink": "#1d2129", "muted": "#5b6675", "grid": "#e1e5ea", "mark": "#0072b2"},
-    "dark": {"ink": "#e7eaef", "muted": "#a0abba", "grid": "#3a434f", "mark": "#56b4e9"},
-}
+FLOOR_PICTURE = "The accuracies of the table above, drawn with their standard deviations."
 
 
 def generate(app: Sphinx) -> None:
@@ -38,19 +32,19 @@ def generate(app: Sphinx) -> None:
     folder.mkdir(exist_ok=True)
 
     floor = _read(results / "relative_floor--cpu.json", "bench_relative_floor.py")
-    _write(folder / "relative-floor.rst", relative_floor(floor))
+    write(folder / "relative-floor.rst", relative_floor(floor))
     for theme in COLOURS:
-        _write(folder / f"relative-floor-{theme}.svg", relative_floor_picture(floor, theme))
+        write(folder / f"relative-floor-{theme}.svg", relative_floor_picture(floor, theme))
 
     faults = _read(results / "released_faults--cpu.json", "bench_released_faults.py")
-    _write(folder / "released-losses.rst", released_faults(faults, LOSS_FAULTS))
-    _write(folder / "released-fusion.rst", released_faults(faults, FUSION_FAULTS))
-    _write(folder / "released-annotations.rst", released_annotations(faults))
+    write(folder / "released-losses.rst", released_faults(faults, LOSS_FAULTS))
+    write(folder / "released-fusion.rst", released_faults(faults, FUSION_FAULTS))
+    write(folder / "released-annotations.rst", released_annotations(faults))
 
-    _write(folder / "recipes.rst", recipes())
+    write(folder / "recipes.rst", recipes())
     for corpus in CORPORA:
         path = results / f"pipeline--{corpus}--features.json"
-        _write(folder / f"results-{corpus}.rst", pipeline_results(corpus, path))
+        write(folder / f"results-{corpus}.rst", pipeline_results(corpus, path))
 
 
 # The relative floor ------------------------------------------------------------------------------
@@ -76,10 +70,10 @@ def relative_floor(document: Row) -> str:
                 f"{task.capitalize()}: largest gradient norm of a run, mean over {count} seeds",
                 document,
                 task,
-                lambda row: _short(row["largest_gradient_norm"]["mean"]),
+                lambda row: short(row["largest_gradient_norm"]["mean"]),
             )
         )
-    pieces += [_picture(f"relative-floor-{theme}.svg", theme) for theme in COLOURS]
+    pieces += [picture(f"relative-floor-{theme}.svg", theme, FLOOR_PICTURE) for theme in COLOURS]
     return "\n".join([*pieces, _provenance(document)])
 
 
@@ -94,7 +88,7 @@ def _floor_table(title: str, document: Row, task: str, cell: Callable[[Row], str
         ]
         for definition in _definitions(rows)
     ]
-    return _table(title, heads, lines)
+    return table(title, heads, lines)
 
 
 def relative_floor_picture(document: Row, theme: str) -> bytes:
@@ -107,7 +101,7 @@ def relative_floor_picture(document: Row, theme: str) -> bytes:
     figure = Figure(figsize=(8.6, 2.9 * len(tasks)), layout="constrained", facecolor="none")
     panels = figure.subplots(len(tasks), columns, sharey=True, sharex="row", squeeze=False)
     for axes, training in zip(panels.flat, trainings, strict=True):
-        _dress(axes, colours)
+        dress(axes, colours)
         title = f"{training[0]}, {_regime(*training[1:])}"
         axes.set_title(title, loc="left", size=9, color=colours["ink"])
         for line, definition in enumerate(definitions):
@@ -129,18 +123,7 @@ def relative_floor_picture(document: Row, theme: str) -> bytes:
         axes.set_ylim(len(definitions) - 0.5, -0.5)
     for axes in panels[-1]:
         axes.set_xlabel("Test accuracy, %", size=8.5, color=colours["muted"])
-    drawn = io.BytesIO()
-    with rc_context({"svg.hashsalt": "telme-kd"}):
-        figure.savefig(drawn, format="svg", metadata={"Date": None})
-    return drawn.getvalue()
-
-
-def _dress(axes: Axes, colours: dict[str, str]) -> None:
-    axes.set_facecolor("none")
-    axes.spines[:].set_visible(False)
-    axes.grid(color=colours["grid"], linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, labelsize=8, labelcolor=colours["ink"])
+    return svg(figure)
 
 
 Definition = tuple[str, float | None, float, float]
@@ -237,11 +220,11 @@ ANNOTATION_FAULTS = {
 def released_faults(document: Row, faults: dict[str, str]) -> str:
     """A table of what the released formulas give, beside this library."""
     rows = [
-        [text, _short(document["rows"][key]["released"]), _short(document["rows"][key]["telme_kd"])]
+        [text, short(document["rows"][key]["released"]), short(document["rows"][key]["telme_kd"])]
         for key, text in faults.items()
     ]
     heads = ["Case", "Released", "telme-kd"]
-    return "\n".join([_table("", heads, rows, words=1), _provenance(document)])
+    return "\n".join([table("", heads, rows, words=1), _provenance(document)])
 
 
 def released_annotations(document: Row) -> str:
@@ -252,7 +235,7 @@ def released_annotations(document: Row) -> str:
         if key in document["rows"]
     ]
     heads = ["Fault", "Count", "Of"]
-    return "\n".join([_table("", heads, rows, words=1), _provenance(document)])
+    return "\n".join([table("", heads, rows, words=1), _provenance(document)])
 
 
 # The pipelines' recipes --------------------------------------------------------------------------
@@ -271,8 +254,8 @@ def recipes() -> str:
     differing = [row for row in rows if [*row[:2]] not in alike]
     return "\n".join(
         [
-            _table("Where the recipes differ", ["", *columns], differing, words=1),
-            _table("What they have in common", ["", "All"], alike, words=1),
+            table("Where the recipes differ", ["", *columns], differing, words=1),
+            table("What they have in common", ["", "All"], alike, words=1),
         ]
     )
 
@@ -317,46 +300,10 @@ def pipeline_results(corpus: str, path: Path) -> str:
 # reStructuredText --------------------------------------------------------------------------------
 
 
-def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], words: int = 2) -> str:
-    """A list table; the columns after the first ``words`` hold numbers."""
-    lines = [
-        f".. list-table:: {title}".rstrip(),
-        "   :header-rows: 1",
-        f"   :class: numbers-from-{words + 1}",
-        "",
-    ]
-    for row in (heads, *rows):
-        lines += [f"   {' ' if index else '*'} - {cell}".rstrip() for index, cell in enumerate(row)]
-    return "\n".join([*lines, ""])
-
-
-def _picture(name: str, theme: str) -> str:
-    return "\n".join(
-        [
-            f".. image:: /_generated/{name}",
-            "   :alt: The accuracies of the table above, drawn with their standard deviations.",
-            f"   :class: only-{theme}",
-            "",
-        ]
-    )
-
-
 def _provenance(document: Row) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in document["versions"].items())
     device, command = document["device"].upper(), document["command"]
     return f"Measured on the {device} with ``{command}`` ({versions}).\n"
-
-
-def _short(value: float) -> str:
-    """A number to three figures, or two and a power of ten where it is far from one."""
-    if value == 0 or 0.01 <= abs(value) < 100:
-        return f"{value:.3g}"
-    if 100 <= abs(value) < 1e4:
-        return f"{float(f'{value:.3g}'):,.0f}"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa}\N{MULTIPLICATION SIGN}10\\ :sup:`{int(exponent)}`".replace(
-        "-", "\N{MINUS SIGN}"
-    )
 
 
 # Files -------------------------------------------------------------------------------------------
@@ -377,16 +324,6 @@ def _read(path: Path, script: str) -> Row:
     if missing:
         raise ExtensionError(f"{path}: expected {sorted(missing)} too; run {script} again")
     return document
-
-
-def _write(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all, and only if its content changes."""
-    data = content.encode() if isinstance(content, str) else content
-    if path.is_file() and path.read_bytes() == data:
-        return
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(data)
-    Path(file.name).replace(path)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
