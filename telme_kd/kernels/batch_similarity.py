@@ -156,7 +156,10 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, gradients = _passes(backend).saved_shapes(
-        *student.shape, student_needs_grad=student_needs_grad, teacher_needs_grad=teacher_needs_grad
+        *student.shape,
+        dtype=torch.promote_types(student.dtype, teacher.dtype),
+        student_needs_grad=student_needs_grad,
+        teacher_needs_grad=teacher_needs_grad,
     )
     dtype = accumulation_dtype(student, teacher)
     return (

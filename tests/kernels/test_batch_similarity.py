@@ -52,6 +52,18 @@ def test_operator_passes_pytorchs_own_checks(backend: str, teacher_needs_grad: b
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_operator_passes_pytorchs_own_checks_for_every_dtypes_plan(
+    backend: str, dtype: torch.dtype
+) -> None:
+    student, teacher = _pair((66, 8), dtype)
+    torch.library.opcheck(
+        operator._batch_similarity_loss,
+        (student, teacher, None, 0.5, True, False, backend),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_compiled_loss_is_the_eager_one_to_the_bit_and_has_no_graph_break(
     backend: Any, shape: tuple[int, int]

@@ -56,9 +56,14 @@ def forward(
 
 
 def saved_shapes(
-    batch: int, width: int, *, student_needs_grad: bool, teacher_needs_grad: bool
+    batch: int,
+    width: int,
+    *,
+    dtype: torch.dtype,
+    student_needs_grad: bool,
+    teacher_needs_grad: bool,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of what :func:`forward` returns beside the loss."""
+    """Return the shapes of what :func:`forward` returns beside the loss, the same for any dtype."""
     sides = student_needs_grad + teacher_needs_grad
     return (0,), (sides, batch, width) if sides else (0,)
 

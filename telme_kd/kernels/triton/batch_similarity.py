@@ -892,9 +892,9 @@ def saved_shapes(
     batch: int,
     width: int,
     *,
+    dtype: torch.dtype,
     student_needs_grad: bool,
     teacher_needs_grad: bool,
-    dtype: torch.dtype = torch.float32,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of the two tensors that ``forward`` saves for ``backward``.
 

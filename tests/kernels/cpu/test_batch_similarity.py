@@ -48,7 +48,9 @@ def outcome(
     loss, rows, gradients = passes.forward(
         student, teacher, mask, temperature=temperature, **options
     )
-    assert (rows.shape, gradients.shape) == passes.saved_shapes(*student.shape, **options)
+    assert (rows.shape, gradients.shape) == passes.saved_shapes(
+        *student.shape, dtype=student.dtype, **options
+    )
     assert rows.dtype == gradients.dtype == loss.dtype
     student_gradient, teacher_gradient = passes.backward(
         torch.tensor(grad_output, dtype=loss.dtype),
