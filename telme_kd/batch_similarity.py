@@ -77,9 +77,8 @@ def batch_similarity_loss(
     _checks.group_word(group)
     implementation = choose("batch_similarity_loss", backend, (student_features, teacher_features))
 
-    width = student_features.shape[-1]
-    student = student_features.reshape(-1, width)
-    teacher = teacher_features.reshape(-1, width)
+    student = student_features.flatten(0, -2)
+    teacher = teacher_features.flatten(0, -2)
     if not implementation.widens or group is not None:  # rows travel in the precision of the loss
         dtype = accumulation_dtype(student, teacher)
         student, teacher = student.to(dtype), teacher.to(dtype)

@@ -264,4 +264,6 @@ class DISTLoss(nn.Module):
 
 def _class_matrix(logits: Tensor, class_axis: int) -> Tensor:
     """Return logits (..., C, ...) as a matrix (B, C) over all their batch axes."""
-    return logits.movedim(class_axis, -1).reshape(-1, logits.shape[class_axis])
+    if class_axis not in (-1, logits.ndim - 1):
+        logits = logits.movedim(class_axis, -1)
+    return logits.flatten(0, -2)  # a matrix stays what it is: a view costs a step of backward
