@@ -44,3 +44,4 @@ def _main(
         torch.distributed.barrier()
     finally:
         torch.distributed.destroy_process_group()
+    os._exit(0)  # on a busy machine, gloo's threads abort the interpreter's own way out

@@ -199,7 +199,14 @@ def test_a_signal_in_the_middle_of_training_loses_nothing(
     words = [sys.executable, "-m", "examples.meld", "--features", str(write_features())]
     # So many seeds that it cannot have finished by the time that the signal arrives.
     words += ["--output", str(tmp_path / "run"), "--device", "cpu", "--seeds", "1000"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that run in the background ignore Ctrl-C, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stdout is not None
     assert process.stdout.readline().startswith("MELD, seed 0, text: dev ")
     process.send_signal(signal.SIGINT)
