@@ -125,6 +125,8 @@ def _differentiable_gradients(
     """Gradients that can be differentiated themselves: autograd's, of the definition."""
     temperature, inter_weight, intra_weight, eps = options
     dtype = grad_output.dtype
+    # By views, through which no other path leads: the teacher may have been made from the student.
+    student, teacher = student.view_as(student), teacher.view_as(teacher)
     loss = reference.dist_loss(
         student.to(dtype),
         teacher.to(dtype),
