@@ -41,7 +41,7 @@ MEDIUM = 2**18
 """The plan of a single block serves up to this many: 0.8 of the blocked plan's time at [256, 1000].
 The gradient that it stores is 1 MiB in float32."""
 
-BLOCK = 2**17
+BLOCK = 2**18
 """Logits in a block: with a quarter, the calls cost half as much again at [2048, 1000]."""
 
 LEAST_ROWS = 8
