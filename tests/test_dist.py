@@ -491,6 +491,14 @@ def test_one_item_leaves_a_constant_intra_class_term(case: Logits, eps: float | 
     )
     assert loss.item() == pytest.approx(case.temperature**2, rel=8 * U64)
     assert (gradient == 0).all()
+    definition = dist_loss(
+        *case.tensors(),
+        temperature=case.temperature,
+        inter_weight=0.0,
+        eps=eps,
+        backend="reference",
+    )
+    assert definition.item() == case.temperature**2
 
 
 @MODES
