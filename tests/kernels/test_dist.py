@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -261,3 +262,23 @@ def test_training_follows_the_reference(eps: float | None) -> None:
         histories.append(torch.stack(losses))
     assert histories[1][-1] < 0.7 * histories[1][0]
     torch.testing.assert_close(*histories, rtol=1e-5, atol=0.0)
+
+
+def test_threads_do_not_share_what_is_kept_between_calls() -> None:
+    pairs = [torch.randn(2, 4, 7, generator=torch.manual_seed(seed)) for seed in range(8)]
+
+    def outcome(pair: Tensor) -> tuple[float, Tensor]:
+        student = pair[0].clone().requires_grad_()
+        loss = dist_loss(student, pair[1], temperature=2.0, backend="cpu")
+        loss.backward()
+        assert student.grad is not None
+        return loss.item(), student.grad
+
+    expected = [outcome(pair) for pair in pairs]
+    with ThreadPoolExecutor(max_workers=4) as threads:
+        found = list(threads.map(outcome, pairs * 50))
+    for (loss, gradient), (expected_loss, expected_gradient) in zip(
+        found, expected * 50, strict=True
+    ):
+        assert loss == expected_loss
+        assert torch.equal(gradient, expected_gradient)
