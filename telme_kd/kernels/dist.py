@@ -91,26 +91,26 @@ class _Dist(torch.autograd.Function):
         student, teacher, mask, rows, columns = ctx.saved_tensors
         temperature, inter_weight, intra_weight, eps = ctx.options
         student_needs_grad, teacher_needs_grad = ctx.needs_grad
-        with outside_autocast(grad_output.device):
-            if torch.is_grad_enabled():  # the gradient is to be differentiated again
+        if torch.is_grad_enabled():  # the gradient is to be differentiated again
+            with outside_autocast(grad_output.device):
                 gradients = _differentiable_gradients(
                     grad_output, student, teacher, mask, ctx.options, ctx.needs_grad
                 )
-            else:
-                gradients = ctx.passes.backward(
-                    grad_output,
-                    student,
-                    teacher,
-                    mask,
-                    rows,
-                    columns,
-                    temperature=temperature,
-                    inter_weight=inter_weight,
-                    intra_weight=intra_weight,
-                    eps=eps,
-                    student_needs_grad=student_needs_grad,
-                    teacher_needs_grad=teacher_needs_grad,
-                )
+        else:
+            gradients = ctx.passes.backward(
+                grad_output,
+                student,
+                teacher,
+                mask,
+                rows,
+                columns,
+                temperature=temperature,
+                inter_weight=inter_weight,
+                intra_weight=intra_weight,
+                eps=eps,
+                student_needs_grad=student_needs_grad,
+                teacher_needs_grad=teacher_needs_grad,
+            )
         return *gradients, None, None, None, None
 
 
@@ -172,7 +172,8 @@ def _dist_loss(
         teacher_needs_grad=teacher_needs_grad,
     )
     # An operator's results become part of the graph; nothing that outlives the call may be one.
-    return loss, rows, columns if columns.numel() else columns.new_empty(0)
+    rows, columns = (kept if kept.numel() else kept.new_empty(0) for kept in (rows, columns))
+    return loss, rows, columns
 
 
 @_dist_loss.register_fake

@@ -1,7 +1,8 @@
 """The CPU passes of DIST against float64 autograd of the definition, NumPy and themselves."""
 
+import math
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from telme_kd.kernels.cpu import dist as passes
+from telme_kd.kernels.cpu.dist import affine, blocks, kept
 from telme_kd.reference.dist import dist_loss
 from tests.helpers import strategies, tolerances, truth
 from tests.helpers.strategies import Logits
@@ -27,16 +29,23 @@ DOUBLE = 1e-11
 class Plan(NamedTuple):
     """The constants that choose a plan."""
 
+    usual: int = 0
+    together: int = 0
     small: int = 0
     medium: int = 0
     block: int = 1
     least_rows: int = 8
+    in_units: bool = False
 
 
+# The affine plan hands over to the small one or to a whole block where it does not hold.
 PLANS = {
+    "affine, rows and columns together": Plan(usual=2**16, together=2**16, small=2**16),
+    "affine, in turn": Plan(usual=2**16, medium=2**16),
     "small": Plan(small=2**16),
     "whole": Plan(medium=2**16),
     "blocks of two rows": Plan(least_rows=2),
+    "blocks of two rows in units": Plan(least_rows=2, in_units=True),
     "one block": Plan(block=2**17),
 }
 
@@ -48,10 +57,15 @@ def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Pla
 
 
 def choose(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "USUAL", plan.usual)
+    monkeypatch.setattr(affine, "TOGETHER", plan.together)
     monkeypatch.setattr(passes, "SMALL", plan.small)
     monkeypatch.setattr(passes, "MEDIUM", plan.medium)
-    monkeypatch.setattr(passes, "BLOCK", plan.block)
-    monkeypatch.setattr(passes, "LEAST_ROWS", plan.least_rows)
+    monkeypatch.setattr(blocks, "BLOCK", plan.block)
+    monkeypatch.setattr(blocks, "LEAST_ROWS", plan.least_rows)
+    if plan.in_units:
+        monkeypatch.setattr(blocks, "FAINT", math.inf)
+    kept.forget()
 
 
 def options(**changes: Any) -> dict[str, Any]:
@@ -376,9 +390,7 @@ def test_plan_made_in_inference_mode_serves_outside_it() -> None:
 def test_few_plans_are_kept() -> None:
     for batch in range(2, 80):
         fused(*pair(batch, 1000), **options())
-        sizes = [plan.size for plan in passes._plans.values()]
-        assert 0 < sum(sizes) <= passes.KEPT_LOGITS
-        assert min(sizes) >= passes.LEAST_LOGITS
+        assert 0 < sum(kept.sizes()) <= kept.KEPT_LOGITS
 
 
 # --- the blocked plan -----------------------------------------------------------------------------
@@ -433,7 +445,7 @@ def test_statistics_of_a_chunk_do_not_depend_on_the_blocks_within(
 
 def test_only_statistics_are_saved() -> None:
     batch, classes = 300, 1000
-    assert batch * classes > max(passes.SMALL, passes.MEDIUM)
+    assert batch * classes > max(passes.USUAL, passes.SMALL, passes.MEDIUM)
     student, teacher = pair(batch, classes, torch.float32)
     needed = {"student_needs_grad": True, "teacher_needs_grad": True}
     with torch.no_grad():
@@ -457,69 +469,96 @@ def test_bits_repeat(shape: tuple[int, int]) -> None:
 # --- accuracy -------------------------------------------------------------------------------------
 
 
-ACCURACY = pytest.mark.parametrize(
-    ("shape", "plan_of_cell"),
-    [
-        ((4, 7), Plan(small=2**16)),
-        ((64, 7), Plan(small=2**16)),
-        ((256, 7), Plan(small=2**16)),
-        ((256, 7), Plan(block=2**9)),
-        ((64, 1000), Plan(small=2**16)),
-        ((64, 1000), Plan(medium=2**16)),
-        ((64, 1000), Plan(block=2**14)),
+PLANS_OF_SHAPES = {
+    (4, 7): [PLANS["affine, rows and columns together"], Plan(small=2**16)],
+    (64, 7): [PLANS["affine, rows and columns together"], Plan(small=2**16)],
+    (256, 7): [
+        PLANS["affine, rows and columns together"],
+        Plan(small=2**16),
+        Plan(block=2**9),
     ],
-    ids=str,
-)
+    (64, 1000): [
+        PLANS["affine, in turn"],
+        Plan(small=2**16),
+        Plan(medium=2**16),
+        Plan(block=2**14),
+        Plan(block=2**14, in_units=True),
+    ],
+}
+ACCURACY = pytest.mark.parametrize("shape", PLANS_OF_SHAPES, ids=str)
+
+
+def varied_pairs(
+    shape: tuple[int, int], scale: float, temperature: float
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of which every vector varies by a tenth, at least, of what vectors usually do.
+
+    Otherwise one rounding of one probability decides the error of any code: over a thousand draws
+    of 4 x 7 the quantiles of two codes agree to 5 % and the largest errors differ by a factor of 3,
+    in either direction.
+    """
+    least = 0.1 * min(scale / temperature, 1.0)
+    for seed in count():
+        logits = pair(*shape, torch.float32, scale, seed)
+        probabilities = torch.stack(logits).double().div(temperature).softmax(-1)
+        if all(
+            (probabilities.std(dim, correction=0) >= least * probabilities.mean(dim)).all()
+            for dim in (1, 2)
+        ):
+            yield logits
 
 
 @ACCURACY
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_float32_error_is_at_most_half_more_than_eagers(
-    shape: tuple[int, int],
-    plan_of_cell: Plan,
-    temperature: float,
-    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int], temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choose(plan_of_cell, monkeypatch)
+    plans = PLANS_OF_SHAPES[shape]
     chosen = options(temperature=temperature, intra_weight=1.0)
+    draws = 200 if shape[0] > 4 else 1000  # the fewer vectors, the more does one of them decide
     for scale in (0.01, 0.1, 1.0, 10.0):
-        errors = np.empty((200, 2, 2))
-        for seed in range(len(errors)):
-            student, teacher = pair(*shape, torch.float32, scale, seed)
+        errors = np.empty((draws, len(plans) + 1, 2))
+        for seed, (student, teacher) in zip(
+            range(draws), varied_pairs(shape, scale, temperature), strict=False
+        ):
             expected = definition(student, teacher, **chosen)
             eager_student = student.clone().requires_grad_()
             loss = dist_loss(eager_student, teacher, mask=None, **chosen)
-            eager = Result(loss.detach(), *torch.autograd.grad(loss, eager_student), None)
-            result = fused(student, teacher, needs=(True, False), **chosen)
+            results = [Result(loss.detach(), *torch.autograd.grad(loss, eager_student), None)]
+            for plan in plans:
+                choose(plan, monkeypatch)
+                results.append(fused(student, teacher, needs=(True, False), **chosen))
             size = expected.student.norm()
-            for index, of in enumerate((result, eager)):
+            for index, of in enumerate(results):
                 errors[seed, index, 0] = abs(of.loss - expected.loss)
                 errors[seed, index, 1] = (of.student - expected.student).norm() / size
-        largest, typical = errors.max(0), np.sqrt((errors**2).mean(0))
-        assert (largest[0] <= 1.5 * largest[1]).all(), (scale, largest)
-        assert (typical[0] <= 1.5 * typical[1]).all(), (scale, typical)
+        for figure in (errors.max(0), np.sqrt((errors**2).mean(0))):
+            assert (figure[1:] <= 1.5 * figure[0]).all(), (scale, figure)
 
 
 @ACCURACY
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_gradient_is_as_near_as_eagers(
-    shape: tuple[int, int],
-    plan_of_cell: Plan,
-    dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
+def test_half_precision_error_is_at_most_eagers(
+    shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choose(plan_of_cell, monkeypatch)
+    """As near as float32 computes on features that were rounded once."""
+    plans = PLANS_OF_SHAPES[shape]
     chosen = options(temperature=4.0)
-    errors = np.empty((50, 2))
+    errors = np.empty((200, len(plans) + 1))
     for seed in range(len(errors)):
         student, teacher = (x.to(dtype) for x in pair(*shape, seed=seed))
-        expected = definition(student, teacher, **chosen).student
+        expected = definition(student, teacher, **chosen)
         eager_student = student.clone().requires_grad_()
         loss = dist_loss(eager_student.float(), teacher.float(), mask=None, **chosen)
-        (eager,) = torch.autograd.grad(loss, eager_student)
-        result = fused(student, teacher, needs=(True, False), **chosen).student
-        for index, gradient in enumerate((result, eager)):
-            errors[seed, index] = (gradient - expected).norm() / expected.norm()
+        gradients = list(torch.autograd.grad(loss, eager_student))
+        for plan in plans:
+            choose(plan, monkeypatch)
+            result = fused(student, teacher, needs=(True, False), **chosen)
+            # The loss is a float32 of the same logits, for the test above.
+            torch.testing.assert_close(result.loss.double(), expected.loss, rtol=1e-5, atol=1e-6)
+            gradients.append(result.student)
+        for index, gradient in enumerate(gradients):
+            errors[seed, index] = (gradient - expected.student).norm() / expected.student.norm()
     # Both are rounded once to be stored; a thousandth is what they differ by before that.
-    assert errors[:, 0].max() <= 1.001 * errors[:, 1].max()
-    assert (errors[:, 0] ** 2).mean() <= 1.001 * (errors[:, 1] ** 2).mean()
+    for figure in (errors.max(0), (errors**2).mean(0)):
+        assert (figure[1:] <= 1.001 * figure[0]).all(), figure
