@@ -5,11 +5,11 @@ need gradients; never at their values. A backend changes the speed, never the de
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,13 @@ from telme_kd.reference.linear_dist import linear_dist_loss
 # Asked once; importing Triton itself waits until a call needs it.
 _TRITON_INSTALLED = find_spec("triton") is not None
 _TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+Decision = TypeVar("Decision")
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+_decisions: dict[Hashable, Any] = {}
+_MOST_DECISIONS = 1024
 
 # torch 2.6 cannot tell.
 _is_exporting = getattr(torch.compiler, "is_exporting", bool)
@@ -83,7 +90,7 @@ def _against_triton(tensors: Sequence[Tensor]) -> list[str]:
 def _against_kernels(tensors: Sequence[Tensor]) -> list[str]:
     """What no hand-written pass knows: other kinds of tensors and other ways to differentiate."""
     reasons = []
-    if any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors):
+    if any(type(tensor) not in _PLAIN for tensor in tensors):
         kinds = sorted({type(tensor).__name__ for tensor in tensors} - {"Tensor", "Parameter"})
         reasons.append(f"it takes plain tensors, got {', '.join(kinds)}")
     if torch.compiler.is_compiling():
@@ -217,3 +224,48 @@ def choose(operator: Operator, backend: Backend, tensors: Sequence[Tensor]) -> I
         f"backend: {backend!r} cannot compute {operator}: {'; '.join(reasons)}; "
         f"use backend='auto' or one of {available_backends()}"
     )
+
+
+def decided(
+    decide: Callable[..., Decision],
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    options: tuple[object, ...],
+) -> Decision:
+    """Return ``decide(student, teacher, mask, *options)``, as decided before if it was.
+
+    Checks and choice look at types, shapes, dtypes and devices only. Asked anew they take half as
+    long as the loss of a small batch, so that of plain tensors, called eagerly, the answer is kept.
+    """
+    if not (
+        type(student) in _PLAIN
+        and type(teacher) in _PLAIN
+        and (mask is None or type(mask) is Tensor)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    ):
+        return decide(student, teacher, mask, *options)
+    key = (
+        decide,
+        student.shape,
+        student.dtype,
+        student.device,
+        teacher.shape,
+        teacher.dtype,
+        teacher.device,
+        None if mask is None else (mask.shape, mask.dtype, mask.device),
+        options,
+        *map(type, options),  # True equals 1.0, and is no temperature
+    )
+    try:
+        decision: Decision | None = _decisions.get(key)
+    except TypeError:  # an option that cannot be hashed is a mistake, which decide explains
+        return decide(student, teacher, mask, *options)
+    if decision is None:
+        decision = decide(student, teacher, mask, *options)
+        if len(_decisions) >= _MOST_DECISIONS:
+            _decisions.clear()
+        _decisions[key] = decision
+    return decision

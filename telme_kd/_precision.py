@@ -21,11 +21,14 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def is_autocast(device: torch.device) -> bool:
+    """Return whether autocast chooses dtypes on a device."""
+    return device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type)
+
+
 def outside_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Return a context in which autocast leaves the dtypes on a device alone."""
-    if device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return torch.autocast(device.type, enabled=False) if is_autocast(device) else nullcontext()
 
 
 def layer_dtype(tensor: Tensor) -> torch.dtype:

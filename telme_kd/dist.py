@@ -4,11 +4,13 @@ Instead of matching probabilities, DIST asks that they correlate: along each row
 the classes (inter-class), and along each column, how a class ranks the items (intra-class).
 """
 
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
 from telme_kd import _checks
-from telme_kd._dispatch import choose
-from telme_kd._precision import accumulation_dtype, outside_autocast
+from telme_kd._dispatch import Implementation, choose, decided
+from telme_kd._precision import accumulation_dtype, is_autocast, outside_autocast
 from telme_kd._typing import Backend, Group
 from telme_kd.distributed import gather_batch
 
@@ -88,38 +90,15 @@ def dist_loss(
         >>> round(dist_loss(teacher.flip(-1), teacher, temperature=2.0).item(), 3)
         8.678
     """
-    class_axis = _checks.logits_pair(
-        student_logits,
-        teacher_logits,
-        class_dim=class_dim,
-        mask=mask,
-        may_be_empty=group is not None,
-    )
-    temperature = _checks.positive_temperature(temperature)
-    inter_weight = _checks.non_negative("inter_weight", inter_weight)
-    intra_weight = _checks.non_negative("intra_weight", intra_weight)
-    eps = _checks.optional_eps(eps)
-    _checks.group_word(group)
-    implementation = choose("dist_loss", backend, (student_logits, teacher_logits))
-
-    student = _class_matrix(student_logits, class_axis)
-    teacher = _class_matrix(teacher_logits, class_axis)
-    if not implementation.widens or group is not None:  # rows travel in the precision of the loss
-        dtype = accumulation_dtype(student, teacher)
-        student, teacher = student.to(dtype), teacher.to(dtype)
-    items = None if mask is None else mask.reshape(-1)
-    student, teacher, items = gather_batch(student, teacher, items, group)
-    _checks.relations_exist(*student.shape)
-    with outside_autocast(student.device):
-        return implementation.function(
-            student,
-            teacher,
-            temperature=temperature,
-            inter_weight=inter_weight,
-            intra_weight=intra_weight,
-            mask=items,
-            eps=eps,
-        )
+    options = (temperature, inter_weight, intra_weight, class_dim, eps, group, backend)
+    if group is None:
+        call = decided(_decide, student_logits, teacher_logits, mask, options)
+    else:  # a group is not to be kept alive
+        call = _decide(student_logits, teacher_logits, mask, *options)
+    if is_autocast(student_logits.device):
+        with outside_autocast(student_logits.device):
+            return _loss(student_logits, teacher_logits, mask, group, call)
+    return _loss(student_logits, teacher_logits, mask, group, call)
 
 
 def inter_class_loss(
@@ -262,8 +241,69 @@ class DISTLoss(nn.Module):
         )
 
 
+class _Call(NamedTuple):
+    """What was passed, checked, and who computes it."""
+
+    class_axis: int
+    is_matrix: bool
+    options: dict[str, float | None]
+    implementation: Implementation
+
+
+def _decide(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    inter_weight: float,
+    intra_weight: float,
+    class_dim: int,
+    eps: float | None,
+    group: Group,
+    backend: Backend,
+) -> _Call:
+    class_axis = _checks.logits_pair(
+        student_logits,
+        teacher_logits,
+        class_dim=class_dim,
+        mask=mask,
+        may_be_empty=group is not None,
+    )
+    _checks.group_word(group)
+    options = {
+        "temperature": _checks.positive_temperature(temperature),
+        "inter_weight": _checks.non_negative("inter_weight", inter_weight),
+        "intra_weight": _checks.non_negative("intra_weight", intra_weight),
+        "eps": _checks.optional_eps(eps),
+    }
+    is_matrix = student_logits.ndim == 2 and class_axis in (-1, 1)
+    implementation = choose("dist_loss", backend, (student_logits, teacher_logits))
+    return _Call(class_axis, is_matrix, options, implementation)
+
+
+def _loss(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    group: Group,
+    call: _Call,
+) -> Tensor:
+    """Return the loss of logits (..., C, ...), outside autocast."""
+    if not call.is_matrix:  # a view costs a step of backward
+        student = _class_matrix(student, call.class_axis)
+        teacher = _class_matrix(teacher, call.class_axis)
+        mask = None if mask is None else mask.reshape(-1)
+    if not call.implementation.widens or group is not None:  # rows travel in the loss's precision
+        dtype = accumulation_dtype(student, teacher)
+        student, teacher = student.to(dtype), teacher.to(dtype)
+    if group is not None:
+        student, teacher, mask = gather_batch(student, teacher, mask, group)
+    _checks.relations_exist(*student.shape)
+    return call.implementation.function(student, teacher, mask=mask, **call.options)
+
+
 def _class_matrix(logits: Tensor, class_axis: int) -> Tensor:
     """Return logits (..., C, ...) as a matrix (B, C) over all their batch axes."""
     if class_axis not in (-1, logits.ndim - 1):
         logits = logits.movedim(class_axis, -1)
-    return logits.flatten(0, -2)  # a matrix stays what it is: a view costs a step of backward
+    return logits.flatten(0, -2)

@@ -6,15 +6,22 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from telme_kd import _dispatch, available_backends
-from telme_kd._dispatch import Implementation, choose
+from telme_kd._dispatch import Implementation, choose, decided
 from telme_kd._typing import Backend
-from telme_kd.errors import BackendError, RangeError
+from telme_kd.errors import BackendError, DTypeError, RangeError
 from telme_kd.functional import batch_similarity_loss, dist_loss
 
 OPERATORS = ("dist_loss", "batch_similarity_loss")
 PAIR = torch.randn(2, 4, 7, generator=torch.manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests change what decisions depend on."""
+    monkeypatch.setattr(_dispatch, "_decisions", {})
 
 
 def _answer(*_tensors: Tensor, **_options: Any) -> Tensor:
@@ -154,3 +161,77 @@ def test_every_backend_computes_the_reference_definition(backend: Backend) -> No
         except BackendError as error:
             pytest.skip(f"{backend} does not serve the CPU here: {error}")
         torch.testing.assert_close(value, loss(*PAIR, backend="reference"), rtol=1e-5, atol=1e-6)
+
+
+# --- decisions that are kept ----------------------------------------------------------------------
+
+
+class Decider:
+    """Decides anew each time, and counts how often."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor | None, *_: object) -> object:
+        self.times += 1
+        return object()
+
+    def asked(self, student: Tensor, teacher: Tensor, mask: Tensor | None, *options: Any) -> object:
+        return decided(self, student, teacher, mask, options)
+
+
+@pytest.fixture
+def decider() -> Decider:
+    return Decider()
+
+
+def test_a_decision_is_made_once_for_shapes_dtypes_and_options(decider: Decider) -> None:
+    first = decider.asked(*PAIR, None, 1.0)
+    assert decider.asked(*PAIR.clone(), None, 1.0) is first
+    others = [
+        (*PAIR.double(), None, 1.0),
+        (PAIR[0], PAIR[1].half(), None, 1.0),
+        (*PAIR[:, :3], None, 1.0),
+        (*PAIR.to("meta"), None, 1.0),
+        (*PAIR, torch.ones(4, dtype=torch.bool), 1.0),
+        (*PAIR, torch.ones(4), 1.0),
+        (*PAIR, None, 2.0),
+        (*PAIR, None, True),
+        (*PAIR, None, 1),
+    ]
+    assert len({first, *(decider.asked(*arguments) for arguments in others)}) == 1 + len(others)
+    assert decider.times == 1 + len(others)
+
+
+def test_few_decisions_are_kept(decider: Decider, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "_MOST_DECISIONS", 2)
+    for batch in range(1, 5):
+        decider.asked(*PAIR[:, :batch], None)
+        assert 0 < len(_dispatch._decisions) <= 2
+
+
+def test_what_is_not_plain_or_not_called_eagerly_is_decided_anew(decider: Decider) -> None:
+    class Special(Tensor):
+        pass
+
+    def in_vmap(row: Tensor) -> Tensor:
+        decider.asked(row, row, None)
+        return row
+
+    for _ in range(2):
+        decider.asked(PAIR[0].as_subclass(Special), PAIR[1], None)
+        decider.asked(*PAIR, None, [])  # which cannot be hashed
+        torch.func.vmap(in_vmap)(PAIR[0])
+        with forward_ad.dual_level():
+            decider.asked(*PAIR, None)
+    assert decider.times == 8
+
+
+def test_a_mistake_is_found_after_the_same_shapes_were_right() -> None:
+    dist_loss(*PAIR, temperature=1.0)
+    with pytest.raises(DTypeError, match="temperature: expected a finite number > 0, got a bool"):
+        dist_loss(*PAIR, temperature=True)
+    with pytest.raises(DTypeError, match="temperature: expected a finite number > 0, got a list"):
+        dist_loss(*PAIR, temperature=[1.0])  # type: ignore[arg-type]
+    with pytest.raises(RangeError, match="temperature"):
+        dist_loss(*PAIR, temperature=-1.0)
