@@ -1,36 +1,35 @@
-"""IEMOCAP as released: tables, a recording of each utterance and a film of each dialogue."""
+"""IEMOCAP as released: texts or tables, a recording of each utterance, a film of each dialogue."""
 
-import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from examples.erc.dialogue import Clip, Corpus, Dialogue, Utterance, number_speakers
+from examples.erc.errors import InputError
 from examples.erc.table import Row, locate, read_table
+from examples.iemocap.release import is_release, read_release
+from examples.iemocap.turns import IDENTITY, LABELS, SPLITS, Turn
 
-LABELS = ("ang", "exc", "fru", "hap", "neu", "sad")
-"""The emotions, in the order of every result."""
-
-SPLITS = ("train", "dev", "test")
+TABLE = "IEMOCAP_{split}.csv"
+"""What TelME's table of a split is called."""
 
 COLUMNS = ("Utterance", "Speaker", "Dialogue_ID", "Start_Time", "End_Time", "Emotion")
 
 FILM_FOLDERS = ("DivX", "Divx")
 """How the release spells the folder of the films: the second way in Session 5."""
 
-# The letter in the dialogue's part is the actor with the markers; the last one is who speaks.
-_UTTERANCE = re.compile(r"(?P<dialogue>Ses(?P<session>\d\d)[FM]_\w+)_(?P<person>[FM])\d+", re.ASCII)
-
 
 def read(root: Path) -> Corpus:
-    """Read the corpus.
+    """Read the corpus: TelME's tables if they are there, else the texts of the release itself.
 
-    The Speaker column holds utterance ids; the person is the session with the last letter of the
-    id (``Ses01F_impro01_M000``: the man of session 1), so that each dialogue has two. The places
-    of the media follow from the ids as well; Wav_Path and Video_Path are not looked at. Audio is
-    the recording of the utterance, visual the part of the dialogue's film between its start and
-    its end. A file that is not there is ``None``.
+    The person who speaks is the session with the last letter of the utterance's id
+    (``Ses01F_impro01_M000``: the man of session 1), so that each dialogue has two; the column
+    Speaker of the tables holds the utterance's id. The places of the media follow from the ids as
+    well; Wav_Path and Video_Path are not looked at. Audio is the recording of the utterance,
+    visual the part of the dialogue's film between its start and its end. A file that is not there
+    is ``None``.
 
     Args:
-        root: The folder IEMOCAP_full_release, with IEMOCAP_train.csv, ..._dev.csv and ..._test.csv.
+        root: The folder IEMOCAP_full_release.
 
     Returns:
         The corpus, each dialogue in the order in which its utterances begin. The tables are not
@@ -38,16 +37,87 @@ def read(root: Path) -> Corpus:
         would let the context of an utterance look into the future.
 
     Raises:
+        InputError: A file is not there or has a fault; the message says where.
+    """
+    return arrange(root, read_tables(root) if has_tables(root) else read_release(root).turns)
+
+
+def has_tables(root: Path) -> bool:
+    """Whether the corpus is to be read from tables.
+
+    Args:
+        root: The folder IEMOCAP_full_release.
+
+    Raises:
+        InputError: There is neither a table nor anything of the release's own texts.
+    """
+    names = [TABLE.format(split=split) for split in SPLITS]
+    if any((root / name).exists() for name in names):
+        return True
+    if is_release(root):
+        return False
+    raise InputError(
+        f"{root}: expected Session1/dialog/EmoEvaluation and its siblings, or {names[0]}, got "
+        "neither; give the folder IEMOCAP_full_release"
+    )
+
+
+def read_tables(root: Path) -> dict[str, list[Turn]]:
+    """Read TelME's three tables.
+
+    Args:
+        root: The folder with IEMOCAP_train.csv, IEMOCAP_dev.csv and IEMOCAP_test.csv.
+
+    Returns:
+        The turns of each split, in the order of its table.
+
+    Raises:
         InputError: A table is not there or has a fault; the message says where.
     """
     places: dict[str, Row] = {}
-    splits = {split: _read_split(root, split, places) for split in SPLITS}
+    return {split: _read_table(root, split, places) for split in SPLITS}
+
+
+def arrange(root: Path, turns: Mapping[str, Sequence[Turn]]) -> Corpus:
+    """Arrange turns in dialogues, each with its media.
+
+    Args:
+        root: The folder IEMOCAP_full_release.
+        turns: Those of each split, as read.
+
+    Returns:
+        The corpus; dialogues in the order in which they first occur.
+
+    Raises:
+        InputError: A link leads out of the root.
+    """
+    splits = {}
+    for split in SPLITS:
+        dialogues: dict[str, list[Turn]] = {}
+        for turn in turns[split]:
+            dialogues.setdefault(turn.dialogue, []).append(turn)
+        splits[split] = tuple(
+            _arrange_dialogue(root, name, held) for name, held in dialogues.items()
+        )
     return Corpus("iemocap", LABELS, splits)
 
 
-def _read_split(root: Path, split: str, places: dict[str, Row]) -> tuple[Dialogue, ...]:
-    dialogues: dict[str, list[Row]] = {}
-    for row in read_table(root / f"IEMOCAP_{split}.csv", COLUMNS):
+def find_film(root: Path, session: int, dialogue: str) -> Path | None:
+    """The film of a dialogue; ``None`` if it is not there.
+
+    Raises:
+        InputError: A link leads out of the root.
+    """
+    for folder in FILM_FOLDERS:
+        path = locate(root, f"Session{session}/dialog/avi/{folder}/{dialogue}.avi")
+        if path.is_file():
+            return path
+    return None
+
+
+def _read_table(root: Path, split: str, places: dict[str, Row]) -> list[Turn]:
+    turns = []
+    for row in read_table(locate(root, TABLE.format(split=split)), COLUMNS):
         identity = row.text("Speaker")
         if identity in places:
             twin = places[identity]
@@ -57,26 +127,12 @@ def _read_split(root: Path, split: str, places: dict[str, Row]) -> tuple[Dialogu
                 "remove one of the two lines",
             )
         places[identity] = row
-        dialogues.setdefault(row.text("Dialogue_ID"), []).append(row)
-    return tuple(_read_dialogue(root, name, rows) for name, rows in dialogues.items())
+        turns.append(_read_turn(row, identity))
+    return turns
 
 
-def _read_dialogue(root: Path, name: str, rows: list[Row]) -> Dialogue:
-    ordered = sorted(rows, key=lambda row: row.seconds("Start_Time"))
-    parts = [_take_apart(row) for row in ordered]
-    speakers = number_speakers(part["person"] for part in parts)
-    film = _find_film(root, int(parts[0]["session"]), name)
-    return Dialogue(
-        name,
-        tuple(
-            _read_utterance(root, row, int(part["session"]), speaker, film)
-            for row, part, speaker in zip(ordered, parts, speakers, strict=True)
-        ),
-    )
-
-
-def _take_apart(row: Row) -> re.Match[str]:
-    parts = _UTTERANCE.fullmatch(row.text("Speaker"))
+def _read_turn(row: Row, identity: str) -> Turn:
+    parts = IDENTITY.fullmatch(identity)
     if parts is None:
         row.refuse(
             "Speaker", "an utterance id such as Ses01F_impro01_F000", "use the released table"
@@ -85,30 +141,40 @@ def _take_apart(row: Row) -> re.Match[str]:
         row.refuse(
             "Dialogue_ID", f"{parts['dialogue']}, as in the utterance id", "use the released table"
         )
-    return parts
-
-
-def _find_film(root: Path, session: int, dialogue: str) -> Path | None:
-    for folder in FILM_FOLDERS:
-        path = locate(root, f"Session{session}/dialog/avi/{folder}/{dialogue}.avi")
-        if path.is_file():
-            return path
-    return None
-
-
-def _read_utterance(
-    root: Path, row: Row, session: int, speaker: int, film: Path | None
-) -> Utterance:
-    identity, dialogue = row.text("Speaker"), row.text("Dialogue_ID")
     start, end = row.seconds("Start_Time"), row.seconds("End_Time")
     if start >= end:
         row.refuse("End_Time", f"a time after the start, {start} s", "mend the times")
-    wav = locate(root, f"Session{session}/sentences/wav/{dialogue}/{identity}.wav")
-    return Utterance(
+    return Turn(
         identity=identity,
         text=row.text("Utterance"),
+        start=start,
+        end=end,
+        label=LABELS[row.index("Emotion", LABELS)],
+        path=row.path,
+        line=row.line,
+    )
+
+
+def _arrange_dialogue(root: Path, name: str, turns: list[Turn]) -> Dialogue:
+    ordered = sorted(turns, key=lambda turn: turn.start)
+    speakers = number_speakers(turn.person for turn in ordered)
+    film = find_film(root, ordered[0].session, name)
+    return Dialogue(
+        name,
+        tuple(
+            _arrange_turn(root, turn, speaker, film)
+            for turn, speaker in zip(ordered, speakers, strict=True)
+        ),
+    )
+
+
+def _arrange_turn(root: Path, turn: Turn, speaker: int, film: Path | None) -> Utterance:
+    wav = locate(root, turn.recording)
+    return Utterance(
+        identity=turn.identity,
+        text=turn.text,
         speaker=speaker,
-        label=row.index("Emotion", LABELS),
+        label=LABELS.index(turn.label),
         audio=Clip(wav) if wav.is_file() else None,
-        visual=Clip(film, start, end) if film else None,
+        visual=Clip(film, turn.start, turn.end) if film else None,
     )

@@ -49,7 +49,7 @@ def read(root: Path) -> Corpus:
     Raises:
         InputError: A table is not there or has a fault; the message says where.
     """
-    splits = {split: _read_split(root, split, folder) for split, folder in FOLDERS.items()}
+    splits = {split: _read_split(root, split) for split in FOLDERS}
     return Corpus("meld", LABELS, splits)
 
 
@@ -65,9 +65,9 @@ def repair(text: str) -> str:
     return text.translate(_REPAIRS)
 
 
-def _read_split(root: Path, split: str, folder: str) -> tuple[Dialogue, ...]:
+def _read_split(root: Path, split: str) -> tuple[Dialogue, ...]:
     dialogues: dict[int, dict[int, Row]] = {}
-    for row in read_table(_find_table(root, split), COLUMNS):
+    for row in read_table(find_table(root, split), COLUMNS):
         dialogue = dialogues.setdefault(row.integer("Dialogue_ID"), {})
         number = row.integer("Utterance_ID")
         if number in dialogue:
@@ -77,23 +77,37 @@ def _read_split(root: Path, split: str, folder: str) -> tuple[Dialogue, ...]:
                 "remove one of the two lines",
             )
         dialogue[number] = row
-    inner = f"{split}/{folder}"
-    clips = locate(root, inner if (root / inner).is_dir() else folder)
+    clips = find_clips(root, split)
     return tuple(
         _read_dialogue(clips, f"{split}_dia{identity}", rows)
         for identity, rows in dialogues.items()
     )
 
 
-def _find_table(root: Path, split: str) -> Path:
+def find_table(root: Path, split: str) -> Path:
+    """The table of a split.
+
+    Raises:
+        InputError: There is none, or it is a link that leads out of the root.
+    """
     names = [name.format(split=split) for name in TABLES]
-    places = [home / name for home in (root, root / split) for name in names]
-    for path in places:
+    for place in (f"{home}{name}" for home in ("", f"{split}/") for name in names):
+        path = locate(root, place)
         if path.is_file():
             return path
     raise InputError(
         f"{root}: expected {' or '.join(names)}, got neither; give the folder MELD.Raw"
     )
+
+
+def find_clips(root: Path, split: str) -> Path:
+    """The folder of a split's clips, whether it is there or not.
+
+    Raises:
+        InputError: It is a link that leads out of the root.
+    """
+    inner = locate(root, f"{split}/{FOLDERS[split]}")
+    return inner if inner.is_dir() else locate(root, FOLDERS[split])
 
 
 def _read_dialogue(folder: Path, identity: str, rows: dict[int, Row]) -> Dialogue:
