@@ -103,7 +103,27 @@ def make_command(name: str, title: str) -> click.Group:
     def command(context: click.Context, /, **options: Any) -> None:  # noqa: ANN401
         if context.invoked_subcommand is None:
             _guard(context, lambda: _run(name, title, options, _typed(name, context)))
+        elif typed := _typed_options(context):
+            raise click.UsageError(
+                f"{typed[0]}: expected nothing before {context.invoked_subcommand}; leave it out"
+            )
 
+    @command.command("check")
+    @click.argument("root", metavar="FOLDER", type=_FOLDER)
+    @click.option(
+        "--output",
+        type=_FOLDER,
+        help=f"Where the manifest, the page and the plot go.  [default: runs/{name}-check]",
+    )
+    @click.pass_context
+    def check(context: click.Context, root: Path, output: Path | None) -> None:
+        _check(context, name, root, output or Path("runs") / f"{name}-check")
+
+    check.help = f"""Look at {title} in FOLDER before anything is trained: counts, clips, texts,
+    times and classes, against what is known of the published corpus. Clips are optional.
+
+    Ends with status 0 if all that was found is known or makes no difference, with 1 if there is
+    something to look at, and with 2 if the corpus cannot be read."""
     return command
 
 
@@ -127,6 +147,25 @@ def _guard(context: click.Context, work: Callable[[], None]) -> None:
             "\ninterrupted: finished stages are kept; the same command goes on from there",
             INTERRUPTED,
         )
+
+
+def _check(context: click.Context, name: str, root: Path, folder: Path) -> None:
+    """Check a corpus, print what was found, and end with the status that sums it up."""
+    try:
+        from examples.erc import check_report
+
+        try:
+            examination = import_module(f"examples.{name}.check").check(root)
+        except (InputError, OSError) as error:
+            check_report.write_failure(name, root, str(error), folder)
+            _end(context, f"error: {error}", 2)
+        click.echo(check_report.summary(examination))
+        click.echo(f"\n{check_report.write(examination, root, folder)}")
+    except (InputError, OSError) as error:
+        _end(context, f"error: {error}", 2)
+    except KeyboardInterrupt:
+        _end(context, "\ninterrupted: nothing was written", INTERRUPTED)
+    context.exit(examination.status)
 
 
 def _end(context: click.Context, line: str, status: int) -> None:
@@ -240,11 +279,16 @@ def _settle(recipe: Recipe, source: "Source", epochs: int | None, batch_size: in
 
 def _typed(name: str, context: click.Context) -> str:
     """The command that the user gave, in a form that a shell takes."""
-    words = ["python", "-m", f"examples.{name}"]
+    return shlex.join(["python", "-m", f"examples.{name}", *_typed_options(context)])
+
+
+def _typed_options(context: click.Context) -> list[str]:
+    """The options that the user gave, with their values."""
+    words = []
     for parameter in context.command.params:
         key = str(parameter.name)
         if context.get_parameter_source(key) is ParameterSource.COMMANDLINE:
             words.append(parameter.opts[0])
             if context.params[key] is not True:
                 words.append(str(context.params[key]))
-    return shlex.join(words)
+    return words

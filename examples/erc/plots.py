@@ -7,7 +7,7 @@ global state is left alone.
 
 import io
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -236,6 +236,56 @@ def curves(results: Results) -> Gallery:
         tuple(_training(members) for members in families.values()),
         small=True,
     )
+
+
+def class_shares(title: str, counts: Mapping[str, Mapping[str, int]]) -> Picture:
+    """Draw how the classes of a corpus are distributed, a panel for each split.
+
+    Args:
+        title: The corpus, for those who do not see it.
+        counts: For each split how many utterances each label has, in index order.
+
+    Returns:
+        The picture ``classes``.
+    """
+    told = "; ".join(
+        f"{split}: " + ", ".join(f"{label} {number}" for label, number in held.items())
+        for split, held in counts.items()
+    )
+    return _picture(
+        "classes",
+        f"Bar chart of the classes of {title}, utterances in each split. {told}.",
+        lambda theme: _bars(counts, theme),
+    )
+
+
+def _bars(counts: Mapping[str, Mapping[str, int]], theme: Theme) -> Figure:
+    labels = list(next(iter(counts.values())))
+    totals = {split: max(1, sum(held.values())) for split, held in counts.items()}
+    most = max(held[label] / totals[split] for split, held in counts.items() for label in labels)
+    figure = _figure(8.8, 0.5 + 0.3 * len(labels), theme)
+    panels = figure.subplots(1, len(counts), squeeze=False, sharex=True, sharey=True)[0]
+    for axes, (split, held) in zip(panels, counts.items(), strict=True):
+        _dress(axes, theme, "both")
+        # Every bar says its figures, so that nothing is left for an axis to say.
+        axes.grid(visible=False)
+        axes.tick_params(labelbottom=False)
+        axes.set_title(
+            f"{split}, {sum(held.values()):,}", loc="left", size=10.5, weight="bold",
+            color=theme.ink,
+        )  # fmt: skip
+        shares = [100 * held[label] / totals[split] for label in labels]
+        axes.barh(range(len(labels)), shares, 0.68, color=theme.marks["response+feature"])
+        for row, (label, share) in enumerate(zip(labels, shares, strict=True)):
+            axes.annotate(
+                f"{share:.1f}%  ({held[label]:,})", (share, row), (4, 0),
+                textcoords="offset points", va="center", size=8.5, color=theme.ink,
+            )  # fmt: skip
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+        # Room for the figures of the longest bar.
+        axes.set_xlim(0, 100 * most * 1.6)
+    return figure
 
 
 def _reading(results: Results) -> str:

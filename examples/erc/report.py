@@ -1,6 +1,5 @@
 """The report of a run: JSON, Markdown, pictures, and one HTML file that needs nothing beside it."""
 
-import base64
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -9,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from examples.erc import plots
@@ -34,6 +32,7 @@ from examples.erc.comparison import (
 )
 from examples.erc.errors import InputError
 from examples.erc.findings import findings
+from examples.erc.page import templates
 from examples.erc.results import Results, read
 
 PRINTED = ("system", "weighted_f1", "macro_f1", "accuracy", "against_teacher")
@@ -234,22 +233,10 @@ def _json_cell(cell: Cell) -> object:
 def _filled(
     template: str, page: Mapping[str, Any], escaped: Callable[[object], Markup] | None
 ) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=escaped,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"parts": parts, "told": _told, "data": _data}
+    environment = templates(escaped)
+    environment.filters |= {"parts": parts, "told": _told}
     environment.tests["difference"] = lambda cell: isinstance(cell, Difference)
     return environment.get_template(template).render(page)
-
-
-def _data(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _md_escaped(value: object) -> Markup:

@@ -1,7 +1,8 @@
 """The synthetic corpus in the published layout of IEMOCAP (``IEMOCAP_full_release``).
 
-One CSV file for each split; one 16 kHz recording for each utterance, but one film for each
-dialogue, in which the utterances are windows. As in the released CSV files, the column
+A transcription and an evaluation for each dialogue, as the university releases them, and one CSV
+file for each split, as TelME's authors do; one 16 kHz recording for each utterance, but one film
+for each dialogue, in which the utterances are windows. As in the released CSV files, the column
 ``Speaker`` holds the utterance's own id, and the people of the test split (Session 5) occur
 nowhere else. Unlike the real films, which show both people side by side and have sound, these are
 silent and show whoever speaks.
@@ -14,9 +15,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from examples.iemocap.release import DEV
 from examples.synthetic.face import FRAME_RATE, Frame
 from examples.synthetic.manifest import Manifest
-from examples.synthetic.media import write_avi, write_table, write_wav
+from examples.synthetic.media import write_avi, write_lines, write_table, write_wav
 from examples.synthetic.person import Person, draw_duration
 from examples.synthetic.script import Line, Size, write_dialogues
 
@@ -29,6 +31,18 @@ EMOTIONS = {
     "sadness": "sad",
 }
 """IEMOCAP's label of every emotion."""
+
+EVALUATIONS = {
+    "anger": ("Anger", (2, 4, 4)),
+    "excitement": ("Excited", (4, 4, 3)),
+    "frustration": ("Frustration", (2, 3, 3)),
+    "joy": ("Happiness", (4, 3, 3)),
+    "neutral": ("Neutral", (3, 2, 3)),
+    "sadness": ("Sadness", (2, 2, 2)),
+}
+"""What every evaluator makes of an emotion: its name; valence, activation and dominance of 5."""
+
+EVALUATORS = ("E1", "E2", "E4")
 
 SHARES = {
     "anger": 0.16,
@@ -62,6 +76,10 @@ class _Utterance:
     duration: float
     key: tuple[int, ...]
 
+    @property
+    def end(self) -> float:
+        return round(self.start + self.duration, 4)
+
 
 @dataclass(frozen=True)
 class _Dialogue:
@@ -70,6 +88,14 @@ class _Dialogue:
     utterances: tuple[_Utterance, ...]
     end: float
     key: tuple[int, ...]
+
+    @property
+    def transcription(self) -> str:
+        return f"Session{self.session}/dialog/transcriptions/{self.identity}.txt"
+
+    @property
+    def evaluation(self) -> str:
+        return f"Session{self.session}/dialog/EmoEvaluation/{self.identity}.txt"
 
     @property
     def film(self) -> str:
@@ -109,7 +135,7 @@ def write(folder: Path, *, seed: int = 0, size: Size = Size()) -> Path:  # noqa:
                 paths.append(root / dialogue.film)
                 if not all(path.exists() for path in paths):
                     _write_dialogue(root, dialogue, seed)
-                written += paths
+                written += [*paths, *_write_texts(root, dialogue)]
                 progress.update(len(dialogue.utterances))
             written.append(root / f"IEMOCAP_{split}.csv")
             cells = (_cells(scene, row) for scene in scenes for row in scene.utterances)
@@ -126,14 +152,25 @@ def _dialogues(seed: int, size: Size) -> dict[str, list[_Dialogue]]:
         random = np.random.default_rng([seed, order])
         scenes = write_dialogues(getattr(size, split), SHARES, lambda _: ("F", "M"), random)
         splits[split] = []
+        reserved = [*DEV] if split == "dev" else []
         for number, lines in enumerate(scenes):
-            session = sessions[number % len(sessions)]
-            counts[session] += 1
-            # The letter in a dialogue's name is the one who wore the markers, not the speaker.
-            marked = "FM"[counts[session] % 2]
-            identity = f"Ses{session:02}{marked}_impro{counts[session]:02}"
+            identity = (
+                reserved.pop() if reserved else _name(sessions[number % len(sessions)], counts)
+            )
+            session = int(identity[3:5])
             splits[split].append(_dialogue(identity, session, lines, (seed, order, number), random))
     return splits
+
+
+def _name(session: int, counts: dict[int, int]) -> str:
+    """The next name in a session; those of the real dev dialogues are left to the dev split."""
+    while True:
+        counts[session] += 1
+        # The letter in a dialogue's name is the one who wore the markers, not the speaker.
+        marked = "FM"[counts[session] % 2]
+        name = f"Ses{session:02}{marked}_impro{counts[session]:02}"
+        if name not in DEV:
+            return name
 
 
 def _dialogue(
@@ -154,6 +191,33 @@ def _dialogue(
         utterances.append(_Utterance(name, line, round(clock, 4), duration, (*key, number)))
         clock += duration
     return _Dialogue(identity, session, tuple(utterances), clock + 0.5, key)
+
+
+def _write_texts(root: Path, dialogue: _Dialogue) -> list[Path]:
+    """Write what is said and what evaluators make of it; return the places."""
+    words = [
+        f"{row.identity} [{row.start:08.4f}-{row.end:08.4f}]: {row.line.text}"
+        for row in dialogue.utterances
+    ]
+    evaluation = ["% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]", ""]
+    for row in dialogue.utterances:
+        name, scales = EVALUATIONS[row.line.emotion]
+        mean = ", ".join(f"{value:.4f}" for value in scales)
+        label = EMOTIONS[row.line.emotion]
+        evaluation += [
+            f"[{row.start:.4f} - {row.end:.4f}]\t{row.identity}\t{label}\t[{mean}]",
+            *(f"C-{person}:\t{name};\t()" for person in EVALUATORS),
+            *(
+                "A-{}:\tval {}; act {}; dom  {};\t()".format(person, *scales)
+                for person in EVALUATORS
+            ),
+            "",
+        ]
+    paths = [root / dialogue.transcription, root / dialogue.evaluation]
+    for path, lines in zip(paths, (words, evaluation), strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_lines(path, lines)
+    return paths
 
 
 def _write_dialogue(root: Path, dialogue: _Dialogue, seed: int) -> None:
@@ -196,7 +260,7 @@ def _cells(dialogue: _Dialogue, row: _Utterance) -> tuple[object, ...]:
         row.identity,
         dialogue.identity,
         row.start,
-        round(row.start + row.duration, 4),
+        row.end,
         f"{PREFIX}/{dialogue.recording(row)}",
         f"{PREFIX}/{dialogue.film}",
         EMOTIONS[row.line.emotion],

@@ -16,7 +16,7 @@ from examples.synthetic.script import Size
 
 NAME = "synthetic.json"
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the same seed and size would give other files."""
 
 

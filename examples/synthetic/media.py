@@ -34,6 +34,17 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[obje
     replace(path, write)
 
 
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write a text file.
+
+    Args:
+        path: The file.
+        lines: Its lines, without their ends.
+    """
+    text = "".join(f"{line}\n" for line in lines)
+    replace(path, lambda partial: partial.write_text(text, encoding="utf-8", newline="\n"))
+
+
 def write_wav(path: Path, samples: npt.NDArray[np.float64], sample_rate: int) -> None:
     """Write a recording as 16-bit PCM.
 
