@@ -173,7 +173,8 @@ def _counts(examination: Examination) -> Iterator[list[str]]:
     expected = [examination.expected.get(split, Expected()) for split in SPLITS]
 
     def counted(name: str, found: list[int], published: list[int | None]) -> list[str]:
-        return [name, *(f"{number:,}" for number in found), _compared(found, published)]
+        told = _compared(found, published, examination.promise)
+        return [name, *(f"{number:,}" for number in found), told]
 
     yield counted(
         "dialogues", [each.dialogues for each in facts], [each.dialogues for each in expected]
@@ -190,25 +191,30 @@ def _counts(examination: Examination) -> Iterator[list[str]]:
     means = (f"{each.speakers_per_dialogue:.1f}" for each in facts)
     yield ["speakers per dialogue, mean", *means, ""]
     yield ["  most", *(str(max(each.speakers)) for each in facts), ""]
-    yield ["hours", *(_hours(each.seconds) for each in facts), ""]
+    yield ["length", *(_length(each.seconds) for each in facts), ""]
     if any(each.repaired for each in facts):
         yield ["texts repaired", *(f"{each.repaired:,}" for each in facts), ""]
     for kind, opened in examination.clips.items():
         yield [f"{kind} opened", *(f"{opened[split]:,}" for split in SPLITS), ""]
 
 
-def _compared(found: Sequence[int], published: Sequence[int | None]) -> str:
+def _compared(found: Sequence[int], published: Sequence[int | None], promise: str) -> str:
     if all(number is None for number in published):
         return ""
     pairs = zip(found, published, strict=True)
     if all(number is None or number == got for got, number in pairs):
-        return "as published" if None not in published else "as far as published"
+        return f"as {promise}" if None not in published else f"as far as {promise}"
     shown = ("unknown" if number is None else f"{number:,}" for number in published)
-    return f"published: {', '.join(shown)}"
+    return f"{promise}: {', '.join(shown)}"
 
 
-def _hours(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds / 3600:.2f}"
+def _length(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def _kinds(examination: Examination) -> dict[str, tuple[list[Finding], list[Finding]]]:

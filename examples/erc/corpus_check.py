@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 from examples.erc.dialogue import Corpus
 from examples.erc.media import ClipError
 from examples.erc.media_length import measure
+from examples.erc.table import read_bytes
 
 Severity: TypeAlias = Literal["note", "warning", "error"]
 """Dealt with without a loss; costs an utterance some of its input; not the published corpus."""
@@ -180,7 +181,8 @@ class Examination:
         layout: What was read, in a few words.
         labels: The class names, in index order.
         facts: The counts of each split.
-        expected: The published counts of each split; empty for a corpus that was never published.
+        expected: The counts that each split should have.
+        promise: Where these stand: "published", or "made" of a synthetic corpus.
         findings: All of them.
         clips: For each kind of media how many files were opened in each split.
         not_checked: What could not be looked at, and why.
@@ -192,6 +194,7 @@ class Examination:
     labels: Sequence[str]
     facts: Mapping[str, Facts]
     expected: Mapping[str, Expected]
+    promise: str = "published"
     findings: list[Finding] = field(default_factory=list)
     clips: dict[str, dict[str, int]] = field(default_factory=dict)
     not_checked: list[str] = field(default_factory=list)
@@ -276,11 +279,11 @@ def compare_counts(
 def synthetic_counts(root: Path, title: str) -> dict[str, Expected] | None:
     """What a synthetic corpus says about its size; ``None`` for any other corpus."""
     try:
-        marker = json.loads((root / "synthetic.json").read_text(encoding="utf-8"))
+        marker = json.loads(read_bytes(root / "synthetic.json", "the marker"))
         if marker["corpus"] != title:
             return None
         sizes = {split: marker["size"][split] for split in SPLITS}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None
     if not all(type(size) is int for size in sizes.values()):
         return None

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,10 @@ _SHOWN = 60
 
 _DIGITS = 9
 """How many digits a whole number may have."""
+
+
+_MOST_BYTES = 1 << 26
+"""The largest file of annotations that is read: 64 MiB; those of MELD have 1.6 at most."""
 
 
 @dataclass(frozen=True)
@@ -141,13 +146,33 @@ def read_table(path: Path, columns: Sequence[str]) -> list[Row]:
     return rows
 
 
-def _decode(path: Path) -> str:
+def read_bytes(path: Path, expected: str) -> bytes:
+    """Read a file of annotations.
+
+    Args:
+        path: The file.
+        expected: What it should be, for the message: "a CSV table".
+
+    Raises:
+        InputError: It cannot be read, is no regular file, or is far larger than any such file.
+    """
     try:
-        data = path.read_bytes()
+        status = path.stat()
+        # Reading from a pipe would wait for ever.
+        if stat.S_ISREG(status.st_mode) and status.st_size <= _MOST_BYTES:
+            return path.read_bytes()
     except OSError as error:
         raise InputError(
-            f"{path}: expected a CSV table, got an error ({error.strerror}); check the path"
+            f"{path}: expected {expected}, got an error ({error.strerror}); check the path"
         ) from error
+    raise InputError(
+        f"{path}: expected {expected}, a file of at most {_MOST_BYTES} bytes, got "
+        f"{stat.filemode(status.st_mode)} of {status.st_size} bytes; use the file as published"
+    )
+
+
+def _decode(path: Path) -> str:
+    data = read_bytes(path, "a CSV table")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from examples.erc.errors import InputError
-from examples.erc.table import locate
+from examples.erc.table import locate, read_bytes
 from examples.iemocap.turns import IDENTITY, LABELS, SPLITS, Turn
 
 SESSIONS = range(1, 6)
@@ -198,13 +198,7 @@ def _check(turn: Turn, transcription: Path) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"{path}: expected a text of the release, got an error ({error.strerror}); "
-            "unpack the whole release"
-        ) from error
+    data = read_bytes(path, "a text of the release")
     # Whatever is not UTF-8 costs a letter, not the dialogue; a check of the corpus tells of it.
     text = data.decode("utf-8-sig", errors="replace")
     return enumerate(map(str.strip, text.split("\n")), start=1)

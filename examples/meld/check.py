@@ -134,6 +134,7 @@ def check(root: Path) -> Examination:
                 for split, held in lines.items()
             },
         ),
+        promise="made" if synthetic else "published",
         expected=synthetic or EXPECTED,
     )
     examination.add(compare_counts(examination.facts, examination.expected))

@@ -217,3 +217,60 @@ def test_a_signal_in_the_middle_of_training_loses_nothing(
     ]
     assert (tmp_path / "run" / "seed-0" / "text" / "stage.json").exists()
     assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_check_prints_a_summary_and_leaves_a_manifest(tmp_path: Path) -> None:
+    root = write_meld(tmp_path / "MELD.Raw")
+    result = call("check", root, "--output", tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.stderr == ""
+    assert result.stdout.startswith("MELD, from tables\n")
+    assert result.stdout.rstrip().endswith(str(tmp_path / "out" / "check.html"))
+    document = json.loads((tmp_path / "out" / "check.json").read_text(encoding="utf-8"))
+    assert (document["status"], document["root"]) == (1, str(root))
+
+
+def write_meld(root: Path) -> Path:
+    root.mkdir()
+    for split in ("train", "dev", "test"):
+        table = "Utterance,Speaker,Emotion,Dialogue_ID,Utterance_ID\nHi.,Ada,joy,0,0\n"
+        (root / f"{split}_sent_emo.csv").write_text(table, encoding="utf-8")
+    return root
+
+
+def test_check_of_what_cannot_be_read_is_one_line_and_status_2(tmp_path: Path) -> None:
+    root = write_meld(tmp_path / "MELD.Raw")
+    (root / "dev_sent_emo.csv").write_bytes(b"\xff")
+    result = call("check", root, "--output", tmp_path / "out")
+    assert (result.exit_code, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {root / 'dev_sent_emo.csv'}, line 1, byte 1: expected UTF-8")
+    assert not (tmp_path / "out").exists()
+
+
+def test_check_that_cannot_write_has_status_2(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = call("check", write_meld(tmp_path / "MELD.Raw"), "--output", tmp_path / "file")
+    assert result.exit_code == 2
+    assert str(tmp_path / "file") in result.stderr.splitlines()[-1]
+
+
+def test_check_takes_no_options_of_a_training(tmp_path: Path) -> None:
+    result = call("--synthetic", "check", tmp_path)
+    assert result.exit_code == 2
+    assert "--synthetic: expected nothing before check" in result.stderr
+
+
+def test_an_interrupted_check_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from examples.meld import check
+
+    def interrupt(root: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "check", interrupt)
+    result = call("check", tmp_path, "--output", tmp_path / "out")
+    assert result.exit_code == module.INTERRUPTED
+    assert result.stderr.strip() == "interrupted: nothing was written"
+    assert not (tmp_path / "out").exists()
