@@ -42,6 +42,7 @@ def generate(app: Sphinx) -> None:
     write(folder / "released-annotations.rst", released_annotations(faults))
 
     write(folder / "recipes.rst", recipes())
+    write(folder / "check-kinds.rst", check_kinds())
     for corpus in CORPORA:
         path = results / f"pipeline--{corpus}--features.json"
         write(folder / f"results-{corpus}.rst", pipeline_results(corpus, path))
@@ -273,6 +274,22 @@ def _numbers(recipe: Row, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 def _leaf(value: object) -> str:
     return _constant(value) if isinstance(value, float) else str(value)
+
+
+# The check of a corpus ---------------------------------------------------------------------------
+
+
+def check_kinds() -> str:
+    """A table of every kind of finding."""
+    try:
+        kinds = importlib.import_module("examples.erc.corpus_check").KINDS
+    except ModuleNotFoundError as error:
+        return (
+            f".. note::\n\n   The kinds of findings are left out: this build has no package "
+            f"{error.name}, which the pipelines need.\n"
+        )
+    rows = [[name, kind.severity, kind.meaning] for name, kind in kinds.items()]
+    return table("", ["Finding", "Severity", "Meaning"], rows, words=3)
 
 
 # The pipelines' results --------------------------------------------------------------------------

@@ -27,8 +27,8 @@ SHORTEST = 0.1
 APART = 0.25
 """Seconds by which a clip and its annotation may differ.
 
-In the published features of MELD's sound, all clips but twelve of 13,706 are within 0.05 s of their
-annotation; a container may end with the last picture instead, 0.04 s later.
+In published features of MELD's sound, all clips but nine of 13,706 are within 0.05 s of their
+annotation; a file may end with its last picture instead, up to 0.04 s later.
 """
 
 

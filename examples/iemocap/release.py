@@ -7,9 +7,9 @@ The words of a dialogue are in ``dialog/transcriptions``, one turn a line::
 and what its evaluators made of them in ``dialog/EmoEvaluation``, one turn a block, of which only
 the first line is read::
 
-    [6.2901 - 8.2357]	Ses01F_impro01_F000	neu	[2.5000, 2.5000, 2.5000]
+    [6.2901 - 8.2357]    Ses01F_impro01_F000    neu    [2.5000, 2.5000, 2.5000]
 
-The label there is the majority of the evaluators, ``xxx`` where there is none.
+with a tab between its parts. The label there is the majority of the evaluators, ``xxx`` where there is none.
 """
 
 import re
