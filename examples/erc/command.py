@@ -108,7 +108,7 @@ def make_command(name: str, title: str) -> click.Group:
                 f"{typed[0]}: expected nothing before {context.invoked_subcommand}; leave it out"
             )
 
-    @command.command("check")
+    @command.command("check", short_help="Look at a corpus before anything is trained.")
     @click.argument("root", metavar="FOLDER", type=_FOLDER)
     @click.option(
         "--output",

@@ -9,7 +9,8 @@ the first line is read::
 
     [6.2901 - 8.2357]    Ses01F_impro01_F000    neu    [2.5000, 2.5000, 2.5000]
 
-with a tab between its parts. The label there is the majority of the evaluators, ``xxx`` where there is none.
+with a tab between its parts. The label there is the majority of the evaluators, ``xxx`` where there
+is none.
 """
 
 import re
