@@ -164,7 +164,7 @@ def _check(context: click.Context, name: str, root: Path, folder: Path) -> None:
     except (InputError, OSError) as error:
         _end(context, f"error: {error}", 2)
     except KeyboardInterrupt:
-        _end(context, "\ninterrupted: nothing was written", INTERRUPTED)
+        _end(context, "\ninterrupted: the same command starts afresh", INTERRUPTED)
     context.exit(examination.status)
 
 

@@ -222,19 +222,19 @@ class Examination:
 
 # Quotation marks, dashes and accents in UTF-8 that was read as cp1252 or Latin-1.
 _MOJIBAKE = re.compile(r"â(?:€|\x80)|Ã[\x80-\xbf©¨¡³±¼]|Â[\xa0-\xbf]|\ufffd")
-_CONTROL = re.compile(r"[\x80-\x9f]")
-_NOT_CP1252 = re.compile(r"[\x81\x8d\x8f\x90\x9d]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_CP1252 = re.compile(r"[\x80\x82-\x8c\x8e\x91-\x9c\x9e\x9f]")
+_NO_TEXT = re.compile(r"[\x81\x8d\x8f\x90\x9d]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 def count(
-    corpus: Corpus, seconds: Mapping[str, float | None], texts: Mapping[str, Iterable[str]]
+    corpus: Corpus, seconds: Mapping[str, float | None], repaired: Mapping[str, int]
 ) -> dict[str, Facts]:
     """Count what is in a corpus.
 
     Args:
         corpus: As its reader returned it.
         seconds: How long the utterances of each split are together.
-        texts: Their words as they stand in the files.
+        repaired: How many of their texts the reader repairs.
 
     Returns:
         The counts of each split.
@@ -252,7 +252,7 @@ def count(
             classes={label: labels[index] for index, label in enumerate(corpus.labels)},
             speakers=dict(sorted(speakers.items())),
             seconds=seconds[split],
-            repaired=sum(_CONTROL.search(text) is not None for text in texts[split]),
+            repaired=repaired.get(split, 0),
         )
     return facts
 
@@ -290,23 +290,26 @@ def synthetic_counts(root: Path, title: str) -> dict[str, Expected] | None:
     return {split: Expected(utterances=size) for split, size in sizes.items()}
 
 
-def inspect_text(split: str, subject: str, file: str, **cells: str) -> Iterator[Finding]:
+def inspect_text(
+    split: str, subject: str, file: str, cells: Mapping[str, str], *, repaired: bool
+) -> Iterator[Finding]:
     """Look for characters that suffered from an encoding.
 
     Args:
         split: Where the utterance is.
         subject: Its identity.
         file: The file, relative to the root.
-        **cells: Texts as they stand there, by the names of their columns.
+        cells: Texts as they stand there, by the names of their columns.
+        repaired: Whether the reader gives control characters their meaning in cp1252.
     """
     for name, text in cells.items():
-        lost = _NOT_CP1252.findall(text) or _MOJIBAKE.findall(text)
-        if lost:
-            codes = ", ".join(f"U+{ord(letter):04X}" for letter in "".join(dict.fromkeys(lost)))
-            yield Finding("encoding", split, subject, file, f"{name}: {codes}")
-        elif found := _CONTROL.findall(text):
-            codes = ", ".join(f"U+{ord(letter):04X}" for letter in sorted(set(found)))
-            yield Finding("control-characters", split, subject, file, f"{name}: {codes}")
+        lost = _NO_TEXT.findall(text) or _MOJIBAKE.findall(text)
+        found = _CP1252.findall(text)
+        if lost or found:
+            kind = "control-characters" if repaired and not lost else "encoding"
+            letters = "".join(dict.fromkeys(lost or sorted(found)))
+            codes = ", ".join(f"U+{ord(letter):04X}" for letter in letters)
+            yield Finding(kind, split, subject, file, f"{name}: {codes}")
 
 
 def inspect_length(

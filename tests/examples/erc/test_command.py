@@ -272,5 +272,5 @@ def test_an_interrupted_check_writes_nothing(
     monkeypatch.setattr(check, "check", interrupt)
     result = call("check", tmp_path, "--output", tmp_path / "out")
     assert result.exit_code == module.INTERRUPTED
-    assert result.stderr.strip() == "interrupted: nothing was written"
+    assert result.stderr.strip() == "interrupted: the same command starts afresh"
     assert not (tmp_path / "out").exists()

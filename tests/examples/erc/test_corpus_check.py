@@ -89,15 +89,18 @@ def test_counts_that_are_not_known_are_not_compared() -> None:
     ],
 )
 def test_text_that_suffered_is_told(text: str, kind: str, codes: str) -> None:
-    (finding,) = inspect_text("dev", "a", "t.csv", Utterance=text, Speaker="Ada")
+    cells = {"Utterance": text, "Speaker": "Ada"}
+    (finding,) = inspect_text("dev", "a", "t.csv", cells, repaired=True)
     assert (finding.kind, finding.detail) == (kind, f"Utterance: {codes}")
+    (finding,) = inspect_text("dev", "a", "t.csv", cells, repaired=False)
+    assert (finding.kind, finding.detail) == ("encoding", f"Utterance: {codes}")
 
 
 @pytest.mark.parametrize(
     "text", ["It\u2019s \u2026", "caf\u00e9", "\u00a0", "S\u00e3o", "\u00c2ge", "a\tb"]
 )
 def test_text_that_is_right_is_left_alone(text: str) -> None:
-    assert list(inspect_text("dev", "a", "t.csv", Utterance=text)) == []
+    assert list(inspect_text("dev", "a", "t.csv", {"Utterance": text}, repaired=True)) == []
 
 
 @pytest.mark.parametrize(
