@@ -2,26 +2,33 @@
 
 A stage is a folder with ``model.safetensors`` (its weights), ``outputs.safetensors`` (all that its
 model says about the three splits) and ``stage.json``, which is written last and makes it valid.
+Until then it may have a folder ``checkpoints``; see :mod:`examples.erc.checkpoint`.
+
+Where several processes train one model, the first of them reads and writes, and the others wait.
 """
 
 import fcntl
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from examples.erc import processes
 from examples.erc.errors import InputError
 from examples.erc.source import JSON
-from examples.erc.training import Trained
+
+if TYPE_CHECKING:
+    from examples.erc.training import Trained
 
 FORMAT = 1
 """Raised whenever the same settings would give another result, or the files change their form."""
@@ -29,6 +36,7 @@ FORMAT = 1
 WEIGHTS = "model.safetensors"
 OUTPUTS = "outputs.safetensors"
 STAGE = "stage.json"
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -57,12 +65,15 @@ class Artifact:
             }
 
 
-class _DamageError(Exception):
-    """A stage that claims to be valid and is not; the message says which part and how."""
+class DamageError(Exception):
+    """Files that claim to be valid and are not; the message says which one and how."""
 
 
 def obtain(
-    folder: Path, title: str, settings: Mapping[str, JSON], compute: Callable[[], Trained]
+    folder: Path,
+    title: str,
+    settings: Mapping[str, JSON],
+    compute: Callable[[str], "Trained"],
 ) -> Artifact:
     """Take a stage from its folder, or compute it and put it there.
 
@@ -73,20 +84,24 @@ def obtain(
         folder: Of this stage alone.
         title: Of the stage, for that line.
         settings: Everything that the result depends on, upstream identities included.
-        compute: Trains it.
+        compute: Trains it, given the fingerprint of its settings.
 
     Returns:
         The stage.
     """
     fingerprint = sha256(canonical({"format": FORMAT, **settings}))
-    try:
-        artifact = _read(folder, fingerprint)
-    except _DamageError as damage:
-        print(f"warning: {title}: {damage}; computing it again", file=sys.stderr, flush=True)
-        artifact = None
+    artifact = processes.tell(_find(folder, title, fingerprint) if processes.first() else None)
     kept = artifact is not None
     if artifact is None:
-        artifact = _write(folder, fingerprint, settings, compute())
+        trained = compute(fingerprint)
+        artifact = processes.tell(
+            _write(folder, fingerprint, settings, trained) if processes.first() else None
+        )
+    assert artifact is not None
+    if not processes.first():
+        return artifact
+    # Only now, as from here on the stage itself is what is gone on from.
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     record = artifact.record
     best = max(epoch["dev_weighted_f1"] for epoch in record["history"])
     print(
@@ -125,6 +140,8 @@ def exclusive(folder: Path) -> Iterator[None]:
 def replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file whole or not at all, and make sure that it stays.
 
+    The old file is there until the new one is whole and on the disk, whatever happens in between.
+
     Args:
         path: The file; its folder exists.
         write: Writes the content to the path that it is given, in the same folder.
@@ -142,6 +159,29 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_record(path: Path, record: Mapping[str, JSON]) -> None:
+    """Write JSON with a digest of itself, the seal; see :func:`replace`."""
+    sealed = {**record, "seal": sha256(canonical(record))}
+    text = json.dumps(sealed, indent=2, ensure_ascii=False) + "\n"
+    replace(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read what :func:`write_record` wrote, without the seal.
+
+    Raises:
+        DamageError: It is not what was written.
+    """
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        intact = record.pop("seal") == sha256(canonical(record))
+    except (ValueError, AttributeError, KeyError, TypeError):
+        intact = False
+    if not intact:
+        raise DamageError(f"{path.name} is damaged")
+    return record
 
 
 def canonical(value: JSON) -> bytes:
@@ -162,29 +202,32 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _find(folder: Path, title: str, fingerprint: str) -> Artifact | None:
+    """Read a stage; a damaged one is as good as none, but for a warning."""
+    try:
+        return _read(folder, fingerprint)
+    except DamageError as damage:
+        print(f"warning: {title}: {damage}; computing it again", file=sys.stderr, flush=True)
+        return None
+
+
 def _read(folder: Path, fingerprint: str) -> Artifact | None:
     """Verify what is there; ``None`` if there is nothing, or something with other settings."""
     if not (folder / STAGE).exists():
         return None
-    try:
-        stage = json.loads((folder / STAGE).read_text(encoding="utf-8"))
-        intact = stage.pop("seal") == sha256(canonical(stage))
-    except (ValueError, AttributeError, KeyError, TypeError):
-        intact = False
-    if not intact:
-        raise _DamageError(f"{STAGE} is damaged")
+    stage = read_record(folder / STAGE)
     if stage["fingerprint"] != fingerprint:
         return None
     for name, expected in stage["files"].items():
         if not (folder / name).exists():
-            raise _DamageError(f"{name} is missing")
+            raise DamageError(f"{name} is missing")
         if file_sha256(folder / name) != expected:
-            raise _DamageError(f"{name} is damaged")
+            raise DamageError(f"{name} is damaged")
     return _artifact(folder, stage)
 
 
 def _write(
-    folder: Path, fingerprint: str, settings: Mapping[str, JSON], trained: Trained
+    folder: Path, fingerprint: str, settings: Mapping[str, JSON], trained: "Trained"
 ) -> Artifact:
     folder.mkdir(parents=True, exist_ok=True)
     # From here until the new one stands, the folder holds no valid stage.
@@ -202,9 +245,7 @@ def _write(
         "files": {name: file_sha256(folder / name) for name in (WEIGHTS, OUTPUTS)},
         "record": trained.record(),
     }
-    sealed = {**stage, "seal": sha256(canonical(stage))}
-    text = json.dumps(sealed, indent=2, ensure_ascii=False) + "\n"
-    replace(folder / STAGE, lambda path: path.write_text(text, encoding="utf-8"))
+    write_record(folder / STAGE, stage)
     return _artifact(folder, stage)
 
 

@@ -9,24 +9,33 @@ split is scored once, at the end.
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Generator, nn
 
 import telme_kd
-from examples.erc import artifacts
-from examples.erc.artifacts import Artifact
+from examples.erc import artifacts, processes
+from examples.erc.artifacts import CHECKPOINTS, Artifact
+from examples.erc.checkpoint import Checkpoints
 from examples.erc.errors import InputError
-from examples.erc.fusion import ConcatenationHead, FrozenFeatures, FusionOutput, ShiftingHead
+from examples.erc.fusion import ConcatenationHead, FrozenFeatures, ShiftingHead
 from examples.erc.metrics import class_scores, scores
+from examples.erc.objectives import Classification, Distillation
 from examples.erc.recipe import Optimisation, Recipe, StudentRecipe
-from examples.erc.source import JSON, SPLITS, Dataset, EncoderOutput, Source
+from examples.erc.source import JSON, SPLITS, Dataset, Source
 from examples.erc.systems import TEACHER, System, plan
-from examples.erc.training import SMALLEST_BATCH, Hardware, Objective, Trained, train
-from telme_kd import BatchSimilarityLoss, DISTLoss, StudentLoss
+from examples.erc.training import (
+    SMALLEST_BATCH,
+    Hardware,
+    Objective,
+    Trained,
+    check_parts,
+    draw_batches,
+    train,
+)
 
 RESULTS = "results.json"
 
@@ -38,11 +47,13 @@ def run(
     folder: Path,
     hardware: Hardware,
     command: str,
+    checkpoint_every: int | None = None,
 ) -> dict[str, JSON]:
     """Train every system from every seed, and score them.
 
-    What is finished is kept in the folder, one folder for each stage; a run that was interrupted
-    goes on where it stopped.
+    What is finished is kept in the folder, one folder for each stage, and so is the state of a
+    stage that is not; a run that was interrupted goes on where it stopped. Of several processes
+    the first writes; the others have to see the same folder.
 
     Args:
         source: The corpus.
@@ -51,6 +62,8 @@ def run(
         folder: Of the run; made if absent. It receives ``results.json``.
         hardware: What everything runs on.
         command: What the user typed, for the report.
+        checkpoint_every: Optimiser steps between two checkpoints of a stage, >= 1; ``None``: one
+            after each epoch.
 
     Returns:
         The results; see :func:`examples.erc.results.read`.
@@ -58,18 +71,30 @@ def run(
     Raises:
         InputError: The corpus is too small, or the folder is in use.
         TrainingError: A loss is no longer finite.
+        OSError: A file cannot be written; what was written before is kept.
+        KeyboardInterrupt: After the step at hand, whose state is kept.
     """
-    _check_size(source)
+    _check_size(source, recipe, hardware)
     systems = plan(source.modalities)
     finished: dict[int, dict[System, Artifact]] = {}
-    with artifacts.exclusive(folder):
-        source.prepare(folder)
+    with artifacts.exclusive(folder) if processes.first() else nullcontext():
+        if processes.first():
+            source.prepare(folder)
+        processes.wait()
+        if not processes.first():
+            source.prepare(folder)
         for seed in seeds:
-            story = _Story(source, recipe, seed, folder / f"seed-{seed}", hardware)
+            story = _Story(
+                source, recipe, seed, folder / f"seed-{seed}", hardware, checkpoint_every
+            )
             finished[seed] = {system: story.tell(system) for system in systems}
         results = {**_circumstances(source, recipe, command), **_evaluate(source, finished)}
         text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
-        artifacts.replace(folder / RESULTS, lambda path: path.write_text(text, encoding="utf-8"))
+        if processes.first():
+            artifacts.replace(
+                folder / RESULTS, lambda path: path.write_text(text, encoding="utf-8")
+            )
+        processes.wait()
     return results
 
 
@@ -77,13 +102,20 @@ class _Story:
     """The stages of one seed, each told after those that it builds on."""
 
     def __init__(
-        self, source: Source, recipe: Recipe, seed: int, folder: Path, hardware: Hardware
+        self,
+        source: Source,
+        recipe: Recipe,
+        seed: int,
+        folder: Path,
+        hardware: Hardware,
+        checkpoint_every: int | None,
     ) -> None:
         self._source = source
         self._recipe = recipe
         self._seed = seed
         self._folder = folder
         self._hardware = hardware
+        self._checkpoint_every = checkpoint_every
         self._device = hardware.accelerator().device
         self._finished: dict[System, Artifact] = {}
 
@@ -98,13 +130,14 @@ class _Story:
         recipe = self._recipe.teacher
         (modality,) = system.modalities
 
-        def learn() -> Trained:
+        def learn(checkpoints: Checkpoints) -> Trained:
             return self._train(
                 system,
                 recipe.optimisation,
                 build=lambda: self._source.encoder(modality),
                 datasets=self._encoder_inputs(modality),
                 objective=self._classification(),
+                checkpoints=checkpoints,
             )
 
         return self._obtain(system, {"recipe": asdict(recipe)}, learn)
@@ -118,13 +151,14 @@ class _Story:
         if system.distillation != "none":
             settings["teacher"] = teacher.identity
 
-        def learn() -> Trained:
+        def learn(checkpoints: Checkpoints) -> Trained:
             return self._train(
                 system,
                 recipe.optimisation,
                 build=lambda: self._source.encoder(modality),
                 datasets=self._encoder_inputs(modality),
                 objective=self._distillation(recipe, teacher),
+                checkpoints=checkpoints,
             )
 
         return self._obtain(system, settings, learn)
@@ -140,7 +174,7 @@ class _Story:
             "encoders": {modality: part.identity for modality, part in parts.items()},
         }
 
-        def learn() -> Trained:
+        def learn(checkpoints: Checkpoints) -> Trained:
             features = {
                 split: {
                     modality: part.outputs(split)["features"] for modality, part in parts.items()
@@ -154,41 +188,24 @@ class _Story:
                 build=lambda: head(widths, len(self._source.labels), recipe),
                 datasets={split: FrozenFeatures(features[split]) for split in SPLITS},
                 objective=self._classification(),
+                checkpoints=checkpoints,
             )
 
         return self._obtain(system, settings, learn)
 
-    def _classification(self) -> Objective:
-        labels = self._source.targets("train").to(self._device)
-
-        def objective(output: EncoderOutput | FusionOutput, rows: Tensor) -> Tensor:
-            return cross_entropy(output.logits, labels[rows])
-
-        return objective
-
-    def _distillation(self, recipe: StudentRecipe, teacher: Artifact) -> Objective:
-        """Equation 6."""
-        labels = self._source.targets("train").to(self._device)
-        known = {name: said.to(self._device) for name, said in teacher.outputs("train").items()}
-        criterion = StudentLoss(
-            recipe.response_weight,
-            recipe.feature_weight,
-            response=DISTLoss(recipe.temperature, recipe.inter_weight, recipe.intra_weight),
-            feature=BatchSimilarityLoss(recipe.feature_temperature),
+    def _classification(self) -> Classification:
+        return Classification(
+            self._source.targets("train").to(self._device),
+            len(self._source.labels),
+            self._recipe.classification,
+            processes.count(),
         )
 
-        def objective(output: EncoderOutput, rows: Tensor) -> Tensor:
-            terms = criterion(
-                output.logits,
-                known["logits"][rows],
-                labels[rows],
-                student_features=output.features,
-                teacher_features=known["features"][rows],
-            )
-            total: Tensor = terms.total
-            return total
-
-        return objective
+    def _distillation(self, recipe: StudentRecipe, teacher: Artifact) -> Distillation:
+        known = {name: said.to(self._device) for name, said in teacher.outputs("train").items()}
+        return Distillation(
+            self._classification(), recipe, **known, everywhere=processes.count() > 1
+        )
 
     def _encoder_inputs(self, modality: str) -> dict[str, Dataset]:
         return {split: self._source.dataset(modality, split) for split in SPLITS}
@@ -201,6 +218,7 @@ class _Story:
         build: Callable[[], nn.Module],
         datasets: Mapping[str, Dataset],
         objective: Objective,
+        checkpoints: Checkpoints,
     ) -> Trained:
         return train(
             build,
@@ -211,22 +229,28 @@ class _Story:
             seed=self._seed,
             hardware=self._hardware,
             title=self._title(system),
+            checkpoints=checkpoints,
         )
 
     def _obtain(
-        self, system: System, settings: Mapping[str, JSON], learn: Callable[[], Trained]
+        self, system: System, settings: Mapping[str, JSON], learn: Callable[[Checkpoints], Trained]
     ) -> Artifact:
         common: dict[str, JSON] = {
             "system": system.describe(),
             "source": self._source.description,
             "seed": self._seed,
             "mixed_precision": self._hardware.mixed_precision,
+            "parts": self._hardware.parts,
+            "classification": asdict(self._recipe.classification),
         }
+        folder, title = self._folder / system.key.replace("/", "-"), self._title(system)
         return artifacts.obtain(
-            self._folder / system.key.replace("/", "-"),
-            self._title(system),
+            folder,
+            title,
             {**common, **settings},
-            learn,
+            lambda fingerprint: learn(
+                Checkpoints(folder / CHECKPOINTS, fingerprint, self._checkpoint_every, title)
+            ),
         )
 
     def _title(self, system: System) -> str:
@@ -242,13 +266,16 @@ def _as_taught(recipe: StudentRecipe, distillation: str | None) -> StudentRecipe
     return recipe
 
 
-def _check_size(source: Source) -> None:
+def _check_size(source: Source, recipe: Recipe, hardware: Hardware) -> None:
     count = len(source.targets("train"))
     if count < SMALLEST_BATCH:
         raise InputError(
             f"{source.title}: expected at least {SMALLEST_BATCH} utterances in train, got {count}; "
             "distillation compares the utterances of a batch with each other"
         )
+    for stage in (recipe.teacher, recipe.student, recipe.fusion):
+        batches = draw_batches(count, stage.optimisation.batch_size, Generator())
+        check_parts(batches, hardware.parts, source.title)
 
 
 def _evaluate(source: Source, finished: Mapping[int, Mapping[System, Artifact]]) -> dict[str, JSON]:

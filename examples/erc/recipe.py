@@ -31,6 +31,21 @@ class Optimisation:
 
 
 @dataclass(frozen=True)
+class ClassificationRecipe:
+    """The cross-entropy of every stage; as it stands here, the plain one.
+
+    Attributes:
+        class_balance: The power of the inverse class frequency that classes are weighted by, in
+            [0, 1]: 0 counts every utterance alike, 1 every class.
+        focal_gamma: How much utterances that are predicted well count less, >= 0: each is
+            multiplied by (1 - p) to this power, where p is the probability of its label.
+    """
+
+    class_balance: float = 0.0
+    focal_gamma: float = 0.0
+
+
+@dataclass(frozen=True)
 class TeacherRecipe:
     """The text teacher, trained with cross-entropy."""
 
@@ -87,3 +102,4 @@ class Recipe:
     teacher: TeacherRecipe
     student: StudentRecipe
     fusion: FusionRecipe
+    classification: ClassificationRecipe = ClassificationRecipe()
