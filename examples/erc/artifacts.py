@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -161,6 +161,22 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
         os.close(descriptor)
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors; see :func:`replace`.
+
+    Raises:
+        OSError: They cannot be written; safetensors' own error for a full disk is none.
+    """
+
+    def write(partial: Path) -> None:
+        try:
+            save_file(tensors, partial)
+        except SafetensorError as error:
+            raise OSError(f"{path}: {error}") from error
+
+    replace(path, write)
+
+
 def write_record(path: Path, record: Mapping[str, JSON]) -> None:
     """Write JSON with a digest of itself, the seal; see :func:`replace`."""
     sealed = {**record, "seal": sha256(canonical(record))}
@@ -237,8 +253,8 @@ def _write(
         for split, fields in trained.outputs.items()
         for name, values in fields.items()
     }
-    replace(folder / WEIGHTS, lambda path: save_file(trained.weights, path))
-    replace(folder / OUTPUTS, lambda path: save_file(outputs, path))
+    write_tensors(folder / WEIGHTS, trained.weights)
+    write_tensors(folder / OUTPUTS, outputs)
     stage: dict[str, JSON] = {
         "fingerprint": fingerprint,
         "settings": settings,

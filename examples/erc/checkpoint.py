@@ -11,10 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from examples.erc.artifacts import DamageError, file_sha256, read_record, replace, write_record
+from examples.erc.artifacts import (
+    DamageError,
+    file_sha256,
+    read_record,
+    write_record,
+    write_tensors,
+)
 from examples.erc.source import JSON
 
 FORMAT = 1
@@ -66,7 +72,7 @@ class Checkpoints:
         plain = _take_out_tensors(state, "", tensors)
         record = self._folder / f"step-{step:09d}.json"
         data = record.with_suffix(".safetensors")
-        replace(data, lambda path: save_file(tensors, path))
+        write_tensors(data, tensors)
         write_record(
             record,
             {"fingerprint": self._fingerprint, "sha256": file_sha256(data), "state": plain},

@@ -47,7 +47,8 @@ def make_command(name: str, title: str) -> click.Group:
         and the fusion of them all.
 
         Say what to train on with exactly one of --features, --raw and --synthetic. Finished stages
-        are kept in the output folder, and the same command goes on where it was stopped.""",
+        and checkpoints are kept in the output folder, and the same command goes on where it was
+        stopped. Several processes share the work if torchrun starts them.""",
     )
     @click.option(
         "--features", type=_FOLDER, help="Train light encoders on features extracted before."
@@ -66,16 +67,47 @@ def make_command(name: str, title: str) -> click.Group:
     )
     @click.option(
         "--recipe",
-        type=click.Choice(["paper", "released"]),
+        type=click.Choice(["paper", "released", "recommended"]),
         default="released",
         show_default=True,
-        help="Whose numbers: the paper's, or those of the code released with it.",
+        help="Whose numbers: the paper's, those of the code released with it, or ours.",
     )
     @click.option("--epochs", type=_ONE_OR_MORE, help="Epochs of every stage, at most.")
     @click.option(
         "--batch-size",
         type=click.IntRange(min=3),
         help="Rows in a batch of every stage; a relation needs at least three.",
+    )
+    @click.option(
+        "--patience",
+        type=click.IntRange(min=0),
+        metavar="EPOCHS",
+        help="Stop a stage after so many epochs without a better dev score; 0: never.",
+    )
+    @click.option(
+        "--class-balance",
+        type=click.FloatRange(0, 1),
+        metavar="POWER",
+        help="Weigh classes by their inverse frequency to this power, in [0, 1]; 1 balances them.",
+    )
+    @click.option(
+        "--focal",
+        type=click.FloatRange(0),
+        metavar="GAMMA",
+        help="Count what is predicted well less: the gamma of the focal loss.",
+    )
+    @click.option(
+        "--accumulate",
+        type=_ONE_OR_MORE,
+        default=1,
+        show_default=True,
+        help="Compute a batch in so many parts, to save memory; losses are of the whole batch.",
+    )
+    @click.option(
+        "--checkpoint-every",
+        type=_ONE_OR_MORE,
+        metavar="STEPS",
+        help="Optimiser steps between checkpoints within a stage.  [default: an epoch]",
     )
     @click.option(
         "--output",
@@ -140,11 +172,11 @@ def _guard(context: click.Context, work: Callable[[], None]) -> None:
     except TrainingError as error:
         _end(context, f"error: {error}", 1)
     except OSError as error:
-        _end(context, f"error: {error}; what is finished is kept", 1)
+        _end(context, f"error: {error}; what was written before is kept", 1)
     except KeyboardInterrupt:
         _end(
             context,
-            "\ninterrupted: finished stages are kept; the same command goes on from there",
+            "\ninterrupted: what was saved is kept; the same command goes on from there",
             INTERRUPTED,
         )
 
@@ -180,39 +212,51 @@ def _run(name: str, title: str, options: dict[str, Any], typed: str) -> None:
     folder: Path = options["output"] or Path("runs") / f"{name}-{kind}"
     recipe: Recipe = import_module(f"examples.{name}.recipes").RECIPES[options["recipe"]]
 
-    from examples.erc import report
+    from examples.erc import processes, report
     from examples.erc.pipeline import run
     from examples.erc.training import Hardware
 
-    hardware = Hardware(options["device"], options["mixed_precision"])
-    source: Source
+    hardware = Hardware(options["device"], options["mixed_precision"], options["accumulate"])
     if kind != "raw":
         import torch
 
         # The matrices are small: threads would wait for each other, and with other work on the
         # machine a step takes several times as long. One thread also sums in one order.
         torch.set_num_threads(1)
-    if kind == "features":
-        from examples.erc.features import FeatureSource
 
-        source = FeatureSource(options["features"], name, modalities)
-    elif kind == "raw":
-        from examples.erc.raw import DEFAULT_ENCODERS, RawSource
+    def open_source() -> "Source":
+        if kind == "features":
+            from examples.erc.features import FeatureSource
 
-        chosen = {
-            modality: encoders.get(modality) or DEFAULT_ENCODERS[modality]
-            for modality in modalities or MODALITIES
-        }
-        corpus = import_module(f"examples.{name}.corpus").read(options["raw"])
-        source = RawSource(corpus, title, encoders=chosen)
-    else:
+            return FeatureSource(options["features"], name, modalities)
+        if kind == "raw":
+            from examples.erc.raw import DEFAULT_ENCODERS, RawSource
+
+            chosen = {
+                modality: encoders.get(modality) or DEFAULT_ENCODERS[modality]
+                for modality in modalities or MODALITIES
+            }
+            corpus = import_module(f"examples.{name}.corpus").read(options["raw"])
+            return RawSource(corpus, title, encoders=chosen)
         from examples.synthetic.source import SyntheticSource
 
-        source = SyntheticSource(name, title, folder, modalities or MODALITIES, SYNTHETIC_SEED)
-    settled = _settle(recipe, source, options["epochs"], options["batch_size"])
-    results = run(source, settled, range(options["seeds"]), folder, hardware, typed)
-    page = report.write(results, folder)
-    click.echo(f"\n{report.table(results)}\n\n{page}")
+        return SyntheticSource(name, title, folder, modalities or MODALITIES, SYNTHETIC_SEED)
+
+    source = processes.in_turn(open_source)
+    settled = _settle(recipe, source, options)
+    results = run(
+        source,
+        settled,
+        range(options["seeds"]),
+        folder,
+        hardware,
+        typed,
+        options["checkpoint_every"],
+    )
+    if processes.first():
+        page = report.write(results, folder)
+        click.echo(f"\n{report.table(results)}\n\n{page}")
+    processes.leave()
 
 
 def _kind(options: dict[str, Any]) -> str:
@@ -251,15 +295,21 @@ def _encoders(options: dict[str, Any], kind: str) -> dict[str, str]:
     return named
 
 
-def _settle(recipe: Recipe, source: "Source", epochs: int | None, batch_size: int | None) -> Recipe:
+def _settle(recipe: Recipe, source: "Source", options: dict[str, Any]) -> Recipe:
     """Say how each phase is really optimised: by the source, by the recipe, and as typed."""
+    patience: int | None = options["patience"]
+    typed = {
+        "class_balance": options["class_balance"],
+        "focal_gamma": options["focal"],
+    }
 
     def settle(own: Optimisation | None, published: Optimisation) -> Optimisation:
         chosen = own or published
         return replace(
             chosen,
-            epochs=epochs or chosen.epochs,
-            batch_size=batch_size or chosen.batch_size,
+            epochs=options["epochs"] or chosen.epochs,
+            batch_size=options["batch_size"] or chosen.batch_size,
+            patience=chosen.patience if patience is None else patience or None,
         )
 
     teacher, student, fusion = recipe.teacher, recipe.student, recipe.fusion
@@ -273,6 +323,10 @@ def _settle(recipe: Recipe, source: "Source", epochs: int | None, batch_size: in
         ),
         fusion=replace(
             fusion, optimisation=settle(source.optimisation("fusion"), fusion.optimisation)
+        ),
+        classification=replace(
+            recipe.classification,
+            **{name: value for name, value in typed.items() if value is not None},
         ),
     )
 

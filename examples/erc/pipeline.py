@@ -78,15 +78,9 @@ def run(
     systems = plan(source.modalities)
     finished: dict[int, dict[System, Artifact]] = {}
     with artifacts.exclusive(folder) if processes.first() else nullcontext():
-        if processes.first():
-            source.prepare(folder)
-        processes.wait()
-        if not processes.first():
-            source.prepare(folder)
+        processes.in_turn(lambda: source.prepare(folder))
         for seed in seeds:
-            story = _Story(
-                source, recipe, seed, folder / f"seed-{seed}", hardware, checkpoint_every
-            )
+            story = Story(source, recipe, seed, folder / f"seed-{seed}", hardware, checkpoint_every)
             finished[seed] = {system: story.tell(system) for system in systems}
         results = {**_circumstances(source, recipe, command), **_evaluate(source, finished)}
         text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
@@ -98,8 +92,17 @@ def run(
     return results
 
 
-class _Story:
-    """The stages of one seed, each told after those that it builds on."""
+class Story:
+    """The stages of one seed, each told after those that it builds on.
+
+    Args:
+        source: The corpus, prepared.
+        recipe: The numbers, each optimisation as it is to be used.
+        seed: Of every stage.
+        folder: Of this seed.
+        hardware: What everything runs on.
+        checkpoint_every: See :func:`run`.
+    """
 
     def __init__(
         self,
@@ -108,7 +111,7 @@ class _Story:
         seed: int,
         folder: Path,
         hardware: Hardware,
-        checkpoint_every: int | None,
+        checkpoint_every: int | None = None,
     ) -> None:
         self._source = source
         self._recipe = recipe
@@ -204,7 +207,11 @@ class _Story:
     def _distillation(self, recipe: StudentRecipe, teacher: Artifact) -> Distillation:
         known = {name: said.to(self._device) for name, said in teacher.outputs("train").items()}
         return Distillation(
-            self._classification(), recipe, **known, everywhere=processes.count() > 1
+            self._classification(),
+            recipe,
+            known["logits"],
+            known["features"],
+            everywhere=processes.count() > 1,
         )
 
     def _encoder_inputs(self, modality: str) -> dict[str, Dataset]:

@@ -3,6 +3,7 @@
 Accelerate forms their group when the hardware is chosen. Asking here never does.
 """
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch.distributed
@@ -55,6 +56,23 @@ def wait() -> None:
     """Wait until all are here."""
     if count() > 1:
         torch.distributed.barrier()
+
+
+def in_turn(work: Callable[[], Value]) -> Value:
+    """Work in the first process, and then, when its files are there, in the others; all call this.
+
+    Args:
+        work: What every process does.
+
+    Returns:
+        What it returns.
+    """
+    if not first():
+        wait()
+    value = work()
+    if first():
+        wait()
+    return value
 
 
 def leave() -> None:

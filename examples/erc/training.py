@@ -97,8 +97,6 @@ class Hardware:
                 mixed_precision=self.mixed_precision,
                 # The batch is the same however many share it, and so is the schedule.
                 dataloader_config=DataLoaderConfiguration(split_batches=True),
-                # Speech encoders drop layers at random, each process others.
-                kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
             )
         except ValueError as error:
             raise InputError(
@@ -407,6 +405,10 @@ class _Training:
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimiser, lambda step: rate_share(step, steps, optimisation.warmup)
         )
+        # Where a process leaves a layer out, its gradients are not to be waited for.
+        self._accelerator.ddp_handler = DistributedDataParallelKwargs(
+            find_unused_parameters=leaves_layers_out(self._bare)
+        )
         self._model, self._optimiser, self._schedule = self._accelerator.prepare(
             self._bare, optimiser, schedule
         )
@@ -533,6 +535,21 @@ def compute(model: nn.Module, dataset: Dataset, batch_size: int) -> dict[str, Te
     if shared:  # what is another's is still zero
         whole = {name: processes.add(values) for name, values in whole.items()}
     return {name: values.cpu() for name, values in whole.items()}
+
+
+def leaves_layers_out(model: nn.Module) -> bool:
+    """Whether a step may pass by some parameters, as speech encoders do at random.
+
+    Args:
+        model: With the configurations of transformers, if it has parts of theirs.
+    """
+    options = ("layerdrop", "encoder_layerdrop", "apply_spec_augment")
+    configurations = [getattr(part, "config", None) for part in model.modules()]
+    return any(
+        bool(getattr(configuration, option, False))
+        for configuration in configurations
+        for option in options
+    )
 
 
 def cut(batch: Sequence[int], parts: int) -> list[list[int]]:

@@ -15,7 +15,7 @@ SETTINGS = {"rate": 0.1, "words": ["naïve"]}
 FILES = ("model.safetensors", "outputs.safetensors", "stage.json")
 
 
-def trained(value: float = 1.0) -> Trained:
+def trained(fingerprint: str = "", value: float = 1.0) -> Trained:
     return Trained(
         weights={"layer.weight": torch.full((2, 3), value)},
         outputs={
@@ -28,7 +28,7 @@ def trained(value: float = 1.0) -> Trained:
     )
 
 
-def never() -> Trained:
+def never(fingerprint: str) -> Trained:
     raise AssertionError("computed again")
 
 
@@ -71,7 +71,7 @@ def test_obtain_keeps_what_has_the_same_settings(
 def test_obtain_computes_again_for_other_settings(
     stage: Artifact, settings: dict[str, object], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    again = obtain(stage.folder, "a stage", settings, lambda: trained(2.0))  # type: ignore[arg-type]
+    again = obtain(stage.folder, "a stage", settings, lambda fingerprint: trained(fingerprint, 2.0))  # type: ignore[arg-type]
     assert again.identity != stage.identity
     assert torch.equal(again.outputs("test")["features"], torch.full((4, 2), 2.0))
     assert capsys.readouterr().err == ""
@@ -142,18 +142,22 @@ def test_an_interrupted_write_is_never_valid(
     monkeypatch.setattr(artifacts, "save_file", save_and_die)
     other = {**SETTINGS, "rate": 0.3}
     with pytest.raises(death):
-        obtain(stage.folder, "a stage", other, lambda: trained(3.0))
+        obtain(stage.folder, "a stage", other, lambda fingerprint: trained(fingerprint, 3.0))
     monkeypatch.undo()
     assert not (stage.folder / "stage.json").exists()
     assert not list(stage.folder.glob(".*"))
-    again = obtain(stage.folder, "a stage", other, lambda: trained(4.0))
+    again = obtain(stage.folder, "a stage", other, lambda fingerprint: trained(fingerprint, 4.0))
     assert torch.equal(again.outputs("train")["features"], torch.full((4, 2), 4.0))
 
 
 def test_identity_tells_content_apart_under_the_same_settings(tmp_path: Path) -> None:
-    one = obtain(tmp_path / "one", "one", SETTINGS, lambda: trained(1.0))
-    same = obtain(tmp_path / "same", "same", SETTINGS, lambda: trained(1.0))
-    other = obtain(tmp_path / "other", "other", SETTINGS, lambda: trained(2.0))
+    one = obtain(tmp_path / "one", "one", SETTINGS, lambda fingerprint: trained(fingerprint, 1.0))
+    same = obtain(
+        tmp_path / "same", "same", SETTINGS, lambda fingerprint: trained(fingerprint, 1.0)
+    )
+    other = obtain(
+        tmp_path / "other", "other", SETTINGS, lambda fingerprint: trained(fingerprint, 2.0)
+    )
     assert one.identity == same.identity != other.identity
 
 

@@ -189,7 +189,7 @@ def test_ctrl_c_says_how_to_go_on(write_features: Write, monkeypatch: pytest.Mon
     result = call("--features", write_features())
     assert result.exit_code == module.INTERRUPTED
     assert result.stderr.strip() == (
-        "interrupted: finished stages are kept; the same command goes on from there"
+        "interrupted: what was saved is kept; the same command goes on from there"
     )
 
 
@@ -213,7 +213,7 @@ def test_a_signal_in_the_middle_of_training_loses_nothing(
     _, err = process.communicate(timeout=60)
     assert process.returncode == module.INTERRUPTED, err
     assert err.strip().splitlines() == [
-        "interrupted: finished stages are kept; the same command goes on from there"
+        "interrupted: what was saved is kept; the same command goes on from there"
     ]
     assert (tmp_path / "run" / "seed-0" / "text" / "stage.json").exists()
     assert not (tmp_path / "run" / "results.json").exists()

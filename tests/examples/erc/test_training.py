@@ -9,10 +9,10 @@ from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from examples.erc.errors import InputError, TrainingError
-from examples.erc.recipe import Optimisation
+from examples.erc.objectives import Classification
+from examples.erc.recipe import ClassificationRecipe, Optimisation
 from examples.erc.training import (
     SMALLEST_BATCH,
     Hardware,
@@ -89,7 +89,7 @@ def fit(
     truth = labels(points["train"])
     return train(
         Line,
-        lambda output, rows: cross_entropy(output.logits, truth[rows]),
+        Classification(truth, 2, ClassificationRecipe()),
         {split: Points(values) for split, values in points.items()},
         labels(points["dev"]),
         optimisation,
@@ -196,9 +196,3 @@ def test_hardware_refuses_what_is_not_there() -> None:
         Hardware("cuda")
     with pytest.raises(InputError, match=r"--mixed-precision: .* got fp16; choose bf16"):
         Hardware("cpu", "fp16")
-
-
-def test_hardware_refuses_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("accelerate.Accelerator.num_processes", 2)
-    with pytest.raises(InputError, match="expected one process, got 2"):
-        Hardware("cpu")

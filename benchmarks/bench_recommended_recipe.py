@@ -1,0 +1,142 @@
+"""What the recipe ``recommended`` rests on: dev scores, one number changed at a time.
+
+The whole method (the teacher, students taught both ways, everything at hand fused by shifting) is
+trained on extracted features with the released numbers, and with each of some changes. Only the
+dev split is scored; the labels of test are not looked at. A change is recommended if it gains more
+than two standard errors of the difference, seed by seed, and of those that do in one group the one
+that gains most; all of these together have to hold up as well, in the row ``recommended``.
+
+Run ``python -m benchmarks.bench_recommended_recipe meld FOLDER`` and the same for ``iemocap``; each
+writes ``benchmarks/results/<version>/recommended_recipe--<corpus>.json`` after every row, and goes
+on from there when it is run again. ``FOLDER`` is as for ``--features``.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from math import sqrt
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+import telme_kd
+from benchmarks import machine
+from benchmarks.results import RESULTS
+from examples.erc import artifacts
+from examples.erc.features import FeatureSource
+from examples.erc.pipeline import Story
+from examples.erc.recipe import Recipe
+from examples.erc.systems import EVERYTHING, TEACHER, System
+from examples.erc.training import Hardware
+
+Row = dict[str, Any]
+Change = Callable[[Recipe], Recipe]
+
+
+def fusion(**numbers: float) -> Change:
+    """Change numbers of the fusion."""
+    return lambda recipe: replace(recipe, fusion=replace(recipe.fusion, **numbers))
+
+
+def student(**numbers: float) -> Change:
+    """Change numbers of the students."""
+    return lambda recipe: replace(recipe, student=replace(recipe.student, **numbers))
+
+
+def classification(**numbers: float) -> Change:
+    """Change the cross-entropy of every stage."""
+    return lambda recipe: replace(recipe, classification=replace(recipe.classification, **numbers))
+
+
+# What builds on least comes first: stages whose settings stay are kept from row to row.
+CHANGES: dict[str, Change] = {
+    "released": lambda recipe: recipe,
+    **{f"threshold {value}": fusion(threshold=value) for value in (0.01, 0.1, 0.2, 0.5, 1.0)},
+    **{f"temperature {value}": student(temperature=value) for value in (1.0, 2.0, 4.0)},
+    **{f"response weight {value}": student(response_weight=value) for value in (0.1, 1.0)},
+    **{f"feature weight {value}": student(feature_weight=value) for value in (0.3, 3.0)},
+    "feature temperature 0.3": student(feature_temperature=0.3),
+    **{f"class balance {value}": classification(class_balance=value) for value in (0.5, 1.0)},
+    "focal gamma 1.0": classification(focal_gamma=1.0),
+}
+
+
+def settled(recipe: Recipe, source: FeatureSource) -> Recipe:
+    """The recipe with the optimisations of the light encoders."""
+    return replace(
+        recipe,
+        **{
+            phase: replace(getattr(recipe, phase), optimisation=source.optimisation(phase))
+            for phase in ("teacher", "student", "fusion")
+        },
+    )
+
+
+def dev_scores(source: FeatureSource, recipe: Recipe, seeds: range, folder: Path) -> list[float]:
+    """Weighted F1 on dev of the whole method, one for each seed."""
+    students = [System((modality,), EVERYTHING) for modality in source.modalities[1:]]
+    method = System(source.modalities, EVERYTHING, "shifting")
+    scores = []
+    for seed in seeds:
+        story = Story(source, recipe, seed, folder / f"seed-{seed}", Hardware("cpu"))
+        *_, last = [story.tell(system) for system in (TEACHER, *students, method)]
+        scores.append(max(epoch["dev_weighted_f1"] for epoch in last.record["history"]))
+    return scores
+
+
+def row(name: str, scores: list[float], released: list[float]) -> Row:
+    """A result, and by how much it is better than the released numbers, seed by seed."""
+    gains = [score - other for score, other in zip(scores, released, strict=True)]
+    return {
+        "change": name,
+        "dev_weighted_f1": scores,
+        "mean": mean(scores),
+        "gain": mean(gains),
+        "standard_error": stdev(gains) / sqrt(len(gains)),
+    }
+
+
+def main() -> None:
+    """Measure the rows that are not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("corpus", choices=("meld", "iemocap"))
+    parser.add_argument("features", type=Path)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="of the stages (default: under runs/)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    source = FeatureSource(options.features, options.corpus)
+    recipes = import_module(f"examples.{options.corpus}.recipes").RECIPES
+    path = RESULTS / f"recommended_recipe--{options.corpus}.json"
+    folder = options.folder or Path("runs") / f"recommended-{options.corpus}"
+    document: Row = {
+        "command": f"python -m benchmarks.bench_recommended_recipe {options.corpus} FOLDER",
+        "device": "cpu",
+        "corpus": options.corpus,
+        "seeds": options.seeds,
+        "versions": {"telme_kd": telme_kd.__version__, **machine.versions("cpu")},
+        "rows": json.loads(path.read_text())["rows"] if path.is_file() else [],
+    }
+    changes = {**CHANGES, "recommended": lambda recipe: recipes["recommended"]}
+    done = {found["change"] for found in document["rows"]}
+    with artifacts.exclusive(folder):
+        for name, change in changes.items():
+            recipe = settled(change(recipes["released"]), source)
+            if name in done or (
+                name != "released" and recipe == settled(recipes["released"], source)
+            ):
+                continue
+            scores = dev_scores(source, recipe, range(options.seeds), folder)
+            released = document["rows"][0]["dev_weighted_f1"] if document["rows"] else scores
+            document["rows"].append(row(name, scores, released))
+            text = json.dumps(document, indent=2) + "\n"
+            artifacts.replace(path, lambda partial, text=text: partial.write_text(text))
+            print(document["rows"][-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()
