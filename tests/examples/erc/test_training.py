@@ -1,27 +1,39 @@
+import json
+import os
+import signal
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from examples.erc.checkpoint import Checkpoints
 from examples.erc.errors import InputError, TrainingError
-from examples.erc.objectives import Classification
-from examples.erc.recipe import ClassificationRecipe, Optimisation
+from examples.erc.objectives import Classification, Distillation, Share
+from examples.erc.recipe import ClassificationRecipe, Optimisation, StudentRecipe
+from examples.erc.source import EncoderOutput
 from examples.erc.training import (
     SMALLEST_BATCH,
     Hardware,
     Trained,
+    check_parts,
     compute,
+    cut,
     draw_batches,
+    leaves_layers_out,
     rate_share,
     train,
+    uninterrupted,
 )
+from tests.helpers import small_stage
 
 PLAIN = Optimisation(
     learning_rate=0.05,
@@ -196,3 +208,237 @@ def test_hardware_refuses_what_is_not_there() -> None:
         Hardware("cuda")
     with pytest.raises(InputError, match=r"--mixed-precision: .* got fp16; choose bf16"):
         Hardware("cpu", "fp16")
+
+
+def same(one: Trained, other: Trained) -> None:
+    assert one.history == other.history
+    assert one.selected_epoch == other.selected_epoch
+    assert one.weights.keys() == other.weights.keys()
+    assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
+    for split, fields in one.outputs.items():
+        assert all(torch.equal(fields[name], other.outputs[split][name]) for name in fields)
+
+
+def checkpoints(folder: Path, every: int | None = None) -> Checkpoints:
+    return Checkpoints(folder, "settings", every, "small")
+
+
+class Interrupting:
+    """The objective of the small stage, and Ctrl-C in the middle of one of its steps."""
+
+    def __init__(self, at: int) -> None:
+        truth = small_stage.labels(small_stage.points()["train"])
+        self.objective = Classification(truth, 2, ClassificationRecipe())
+        self.calls, self.at = 0, at
+
+    def __call__(self, output: Any, share: Share) -> Tensor:
+        self.calls += 1
+        if self.calls == self.at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.objective(output, share)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("at", range(1, small_stage.STEPS + 1, 2))
+def test_ctrl_c_keeps_the_step_at_hand_and_the_rest_is_as_if_it_never_came(
+    tmp_path: Path, at: int, accumulation: int
+) -> None:
+    hardware = Hardware("cpu", accumulation=accumulation)
+    whole = small_stage.fit(hardware=hardware)
+    with pytest.raises(KeyboardInterrupt):
+        small_stage.fit(checkpoints(tmp_path), hardware=hardware, objective=Interrupting(at))
+    newest = checkpoints(tmp_path).newest()
+    assert newest is not None
+    assert newest.stem == f"step-{at:09d}"
+    rest = Interrupting(-1)
+    same(whole, small_stage.fit(checkpoints(tmp_path), hardware=hardware, objective=rest))
+    assert rest.calls == small_stage.STEPS - at
+
+
+def test_ctrl_c_while_dev_is_computed_keeps_the_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = small_stage.fit()
+
+    def press(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("examples.erc.training.compute", press)
+    with pytest.raises(KeyboardInterrupt):
+        small_stage.fit(checkpoints(tmp_path, every=100))
+    monkeypatch.undo()
+    rest = Interrupting(-1)
+    same(whole, small_stage.fit(checkpoints(tmp_path, every=100), objective=rest))
+    assert rest.calls == small_stage.STEPS - 3
+
+
+def test_checkpoints_change_nothing_and_a_finished_training_does_not_train(tmp_path: Path) -> None:
+    whole = small_stage.fit()
+    same(whole, small_stage.fit(checkpoints(tmp_path, every=2)))
+    rest = Interrupting(-1)
+    again = small_stage.fit(checkpoints(tmp_path, every=2), objective=rest)
+    same(whole, again)
+    assert rest.calls == 0
+
+
+def test_patience_is_over_after_resuming_too(tmp_path: Path) -> None:
+    still = replace(small_stage.OPTIMISATION, learning_rate=1e-9, epochs=9, patience=2)
+    whole = small_stage.fit(optimisation=still)
+    assert len(whole.history) == 3
+    with pytest.raises(KeyboardInterrupt):
+        small_stage.fit(checkpoints(tmp_path), optimisation=still, objective=Interrupting(7))
+    same(whole, small_stage.fit(checkpoints(tmp_path), optimisation=still))
+
+
+def test_a_checkpoint_of_another_device_is_refused(tmp_path: Path) -> None:
+    small_stage.fit(checkpoints(tmp_path))
+    newest = checkpoints(tmp_path).newest()
+    assert newest is not None
+    state = checkpoints(tmp_path).load(newest)
+    checkpoints(tmp_path).save(100, {**state, "device": "cuda"})
+    with pytest.raises(InputError, match=r"of the device cpu, got one of cuda; go on with --devi"):
+        small_stage.fit(checkpoints(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["order", "schedule", "optimiser", "streams", "total", "weights"])
+def test_a_missing_state_is_an_error(tmp_path: Path, name: str) -> None:
+    small_stage.fit(checkpoints(tmp_path))
+    newest = checkpoints(tmp_path).newest()
+    assert newest is not None
+    state = checkpoints(tmp_path).load(newest)
+    del state[name]
+    checkpoints(tmp_path).save(100, state)
+    with pytest.raises(KeyError, match=name):
+        small_stage.fit(checkpoints(tmp_path))
+
+
+@dataclass(frozen=True)
+class Scaled(Hardware):
+    """A processor with a gradient scaler, as a GPU has with fp16."""
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None: ...
+
+    def accelerator(self) -> Accelerator:
+        accelerator = Accelerator(cpu=True, mixed_precision="fp16")
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=self.scale, growth_interval=4)
+        accelerator.native_amp = True
+        return accelerator
+
+
+def test_gradients_are_unscaled_before_they_are_clipped() -> None:
+    clipped = replace(small_stage.OPTIMISATION, max_gradient_norm=1e-9)
+    one = small_stage.fit(optimisation=clipped, hardware=Scaled(scale=1.0))
+    other = small_stage.fit(optimisation=clipped, hardware=Scaled(scale=1024.0))
+    for name, weights in one.weights.items():
+        assert torch.allclose(weights, other.weights[name], rtol=1e-3, atol=1e-5)
+
+
+def test_the_gradient_scaler_is_restored(tmp_path: Path) -> None:
+    hardware = Scaled(scale=2.0**15)  # which is doubled, and overflows, on the way
+    whole = small_stage.fit(checkpoints(tmp_path / "whole"), hardware=hardware)
+    with pytest.raises(KeyboardInterrupt):
+        small_stage.fit(
+            checkpoints(tmp_path / "broken"), hardware=hardware, objective=Interrupting(5)
+        )
+    same(whole, small_stage.fit(checkpoints(tmp_path / "broken"), hardware=hardware))
+    scalers = []
+    for folder in ("whole", "broken"):
+        newest = checkpoints(tmp_path / folder).newest()
+        assert newest is not None
+        scalers.append(json.loads(newest.read_text())["state"]["scaler"])
+    assert scalers[0] == scalers[1]
+    assert scalers[0]["scale"] != 2.0**15
+
+
+class Relating(nn.Module):
+    """A student without anything random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 6)
+        self.classifier = nn.Linear(6, 3)
+
+    def forward(self, points: Tensor) -> EncoderOutput:
+        features = self.layer(points).tanh()
+        return EncoderOutput(features, self.classifier(features))
+
+
+@pytest.mark.parametrize("accumulation", [2, 3])
+def test_a_batch_in_parts_has_the_losses_of_the_whole_batch(accumulation: int) -> None:
+    truth = small_stage.labels(small_stage.points()["train"])
+    generator = torch.Generator().manual_seed(0)
+    recipe = StudentRecipe(small_stage.OPTIMISATION, 2.0, 1.0, 1.0, 1.0, 1.0, 0.5)
+    objective = Distillation(
+        Classification(truth, 3, ClassificationRecipe(1.0, 1.0)),
+        recipe,
+        torch.randn(len(truth), 3, generator=generator),
+        torch.randn(len(truth), 6, generator=generator),
+    )
+    whole, parts = (
+        small_stage.fit(
+            hardware=Hardware("cpu", accumulation=count), objective=objective, build=Relating
+        )
+        for count in (1, accumulation)
+    )
+
+    def mean_of_halves(output: EncoderOutput, share: Share) -> Tensor:
+        pieces = zip(*(field.chunk(2) for field in (*output, share.rows)), strict=True)
+        losses = [objective(EncoderOutput(*fields), Share(rows, rows)) for *fields, rows in pieces]
+        return torch.stack(losses).mean()
+
+    naive = small_stage.fit(objective=mean_of_halves, build=Relating)
+    for name, weights in whole.weights.items():
+        assert torch.allclose(weights, parts.weights[name], rtol=1e-4, atol=1e-6), name
+        assert not torch.allclose(weights, naive.weights[name], rtol=1e-2, atol=1e-2), name
+    for one, other in zip(whole.history, parts.history, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+
+
+@given(count=st.integers(1, 50), parts=st.integers(1, 8))
+def test_cut_keeps_order_and_balance(count: int, parts: int) -> None:
+    pieces = cut(range(count), parts)
+    assert [row for piece in pieces for row in piece] == list(range(count))
+    sizes = [len(piece) for piece in pieces]
+    assert len(sizes) == parts
+    assert sizes == sorted(sizes, reverse=True)
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_batches_with_fewer_rows_than_parts_are_refused() -> None:
+    check_parts([[1, 2, 3], [4, 5, 6, 7]], 3, "MELD")
+    with pytest.raises(InputError, match=r"MELD: expected at least 4 rows .*, got 3; take fewer"):
+        check_parts([[1, 2, 3], [4, 5, 6, 7]], 4, "MELD")
+    with pytest.raises(InputError, match="at least 9 rows"):
+        small_stage.fit(hardware=Hardware("cpu", accumulation=9))
+
+
+def test_models_that_leave_layers_out_are_known_by_their_configuration() -> None:
+    class Configuration(NamedTuple):
+        layerdrop: float
+
+    model = nn.Sequential(nn.Linear(1, 1))
+    assert not leaves_layers_out(model)
+    model[0].config = Configuration(0.0)
+    assert not leaves_layers_out(model)
+    model[0].config = Configuration(0.1)
+    assert leaves_layers_out(model)
+
+
+def test_uninterrupted_waits_and_leaves_the_handler_as_it_was() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    reached = []
+
+    def press_and_go_on() -> None:
+        with uninterrupted():
+            os.kill(os.getpid(), signal.SIGINT)
+            reached.append("the end")
+
+    with pytest.raises(KeyboardInterrupt):
+        press_and_go_on()
+    assert reached == ["the end"]
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(ValueError, match="an error"), uninterrupted():
+        raise ValueError("an error")
+    assert signal.getsignal(signal.SIGINT) is before
