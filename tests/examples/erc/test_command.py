@@ -1,21 +1,25 @@
 import json
+import os
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file
 
 from examples.erc import command as module
 from examples.erc import pipeline
 from examples.erc.command import MODALITIES, make_command
 from examples.erc.errors import TrainingError
 from examples.erc.features import FeatureSource
-from examples.erc.recipe import Recipe
+from examples.erc.recipe import ClassificationRecipe, Recipe
 
 Write = Callable[..., Path]
 
@@ -89,6 +93,11 @@ def test_mistakes_are_one_line_and_status_2(words: list[str], message: str) -> N
         ["--batch-size", "2"],
         ["--device", "abacus"],
         ["--mixed-precision", "fp8"],
+        ["--patience", "-1"],
+        ["--class-balance", "1.5"],
+        ["--focal", "-1"],
+        ["--accumulate", "0"],
+        ["--checkpoint-every", "0"],
         ["elsewhere"],
     ],
 )
@@ -150,6 +159,57 @@ def test_options_reach_the_recipe(write_features: Write, monkeypatch: pytest.Mon
     assert calls[1][3] == Path("runs/meld-features")
 
 
+def test_options_against_imbalance_and_for_the_loop_arrive(
+    write_features: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = recorded(monkeypatch)
+    words = ["--features", write_features()]
+    call(*words)
+    call(*words, "--class-balance", "0.5", "--focal", "2", "--patience", "0")
+    call(*words, "--patience", "3", "--accumulate", "2", "--checkpoint-every", "7")
+    plain, balanced, patient = (arguments[1] for arguments in calls)
+    assert plain.classification == ClassificationRecipe(0.0, 0.0)
+    assert plain.teacher.optimisation.patience == 4
+    assert balanced.classification == ClassificationRecipe(0.5, 2.0)
+    assert balanced.fusion.optimisation.patience is None
+    assert patient.student.optimisation.patience == 3
+    assert [arguments[4].accumulation for arguments in calls] == [1, 1, 2]
+    assert [arguments[6] for arguments in calls] == [None, None, 7]
+
+
+def test_two_processes_give_what_one_gives_with_the_batch_in_two_parts(
+    write_features: Write, tmp_path: Path
+) -> None:
+    """The tolerance: 1e-4 of a weight, or 1e-5; sums in another order, through two epochs."""
+    words = ["-m", "examples.meld", "--features", str(write_features()), "--device", "cpu"]
+    words += ["--modalities", "audio", "--epochs", "2", "--batch-size", "9"]
+    words += ["--class-balance", "0.5"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    two = subprocess.run(
+        [sys.executable, *launcher, *words, "--output", str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert two.returncode == 0, two.stderr
+    one = call(*words[2:], "--accumulate", "2", "--output", tmp_path / "one")
+    assert one.exit_code == 0, one.stderr
+    stages = sorted((tmp_path / "one").glob("seed-0/*/stage.json"))
+    assert len(stages) == 10
+    for stage in stages:
+        folders = [stage.parent, tmp_path / "two" / stage.parent.relative_to(tmp_path / "one")]
+        records = [json.loads((folder / "stage.json").read_text()) for folder in folders]
+        if stage.parent.name in ("text", "audio-none"):  # others name stages that differ in bits
+            assert records[0]["fingerprint"] == records[1]["fingerprint"]
+        for name in ("model", "outputs"):
+            tensors = [load_file(folder / f"{name}.safetensors") for folder in folders]
+            assert tensors[0].keys() == tensors[1].keys()
+            for key, values in tensors[0].items():
+                assert torch.allclose(values, tensors[1][key], rtol=1e-4, atol=1e-5), (stage, key)
+    assert two.stdout.count("MELD, seed 0, ") == 10  # each line once
+
+
 def test_recipes_serve_a_source_without_an_optimisation(
     write_features: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +269,7 @@ def test_a_signal_in_the_middle_of_training_loses_nothing(
     )
     assert process.stdout is not None
     assert process.stdout.readline().startswith("MELD, seed 0, text: dev ")
+    time.sleep(0.05)  # into the middle of some stage
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == module.INTERRUPTED, err
