@@ -33,6 +33,9 @@ from examples.erc.recipe import Recipe
 from examples.erc.systems import EVERYTHING, TEACHER, System
 from examples.erc.training import Hardware
 
+ERRORS = 2
+"""By how many standard errors a change has to gain."""
+
 Row = dict[str, Any]
 Change = Callable[[Recipe], Recipe]
 
@@ -55,7 +58,7 @@ def classification(**numbers: float) -> Change:
 # What builds on least comes first: stages whose settings stay are kept from row to row.
 CHANGES: dict[str, Change] = {
     "released": lambda recipe: recipe,
-    **{f"threshold {value}": fusion(threshold=value) for value in (0.01, 0.1, 0.2, 0.5, 1.0)},
+    **{f"threshold {value}": fusion(threshold=value) for value in (0.01, 0.1, 0.2, 0.5, 1.0, 2.0)},
     **{f"temperature {value}": student(temperature=value) for value in (1.0, 2.0, 4.0)},
     **{f"response weight {value}": student(response_weight=value) for value in (0.1, 1.0)},
     **{f"feature weight {value}": student(feature_weight=value) for value in (0.3, 3.0)},
@@ -100,6 +103,18 @@ def row(name: str, scores: list[float], released: list[float]) -> Row:
     }
 
 
+def mark_taken(rows: list[Row]) -> None:
+    """Mark, of the changes of each number, the one that is recommended, if any is."""
+    groups: dict[str, list[Row]] = {}
+    for found in rows:
+        found["taken"] = found["change"] == "recommended"
+        groups.setdefault(found["change"].rpartition(" ")[0], []).append(found)
+    for number, group in groups.items():
+        best = max(group, key=lambda found: float(found["gain"]))
+        if number and best["gain"] > ERRORS * best["standard_error"]:
+            best["taken"] = True
+
+
 def main() -> None:
     """Measure the rows that are not there yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -133,6 +148,7 @@ def main() -> None:
             scores = dev_scores(source, recipe, range(options.seeds), folder)
             released = document["rows"][0]["dev_weighted_f1"] if document["rows"] else scores
             document["rows"].append(row(name, scores, released))
+            mark_taken(document["rows"])
             text = json.dumps(document, indent=2) + "\n"
             artifacts.replace(path, lambda partial, text=text: partial.write_text(text))
             print(document["rows"][-1], flush=True)

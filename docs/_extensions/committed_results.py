@@ -44,6 +44,10 @@ def generate(app: Sphinx) -> None:
     write(folder / "recipes.rst", recipes())
     write(folder / "check-kinds.rst", check_kinds())
     for corpus in CORPORA:
+        experiment = _read(
+            results / f"recommended_recipe--{corpus}.json", "bench_recommended_recipe.py"
+        )
+        write(folder / f"recommended-{corpus}.rst", recommended_recipe(experiment))
         path = results / f"pipeline--{corpus}--features.json"
         write(folder / f"results-{corpus}.rst", pipeline_results(corpus, path))
 
@@ -290,6 +294,23 @@ def check_kinds() -> str:
         )
     rows = [[name, kind.severity, kind.meaning] for name, kind in kinds.items()]
     return table("", ["Finding", "Severity", "Meaning"], rows, words=3)
+
+
+def recommended_recipe(document: Row) -> str:
+    """What each change of one number gains on dev, and what all that are taken gain together."""
+    rows = []
+    for row in document["rows"]:
+        gain, error = 100 * row["gain"], 100 * row["standard_error"]
+        rows.append(
+            [
+                f"**{row['change']}**" if row["taken"] else row["change"],
+                f"{100 * row['mean']:.2f}",
+                f"{gain:+.2f} ± {error:.2f}".replace("-", "\N{MINUS SIGN}") if error else "",
+            ]
+        )
+    heads = ["Change", "Weighted F1 on dev", "Gain ± its standard error"]
+    title = f"{document['corpus'].upper()}: means over {document['seeds']} seeds, in percent"
+    return "\n".join([table(title, heads, rows, words=1), _provenance(document)])
 
 
 # The pipelines' results --------------------------------------------------------------------------

@@ -170,7 +170,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
     def write(partial: Path) -> None:
         try:
-            save_file(tensors, partial)
+            save_file(dict(tensors), partial)
         except SafetensorError as error:
             raise OSError(f"{path}: {error}") from error
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from itertools import pairwise
 from types import FrameType
 from typing import Any, Literal, TypeAlias
@@ -25,6 +26,7 @@ from accelerate import Accelerator
 from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
     send_to_device,
 )
 from torch import Tensor, nn
@@ -97,6 +99,8 @@ class Hardware:
                 mixed_precision=self.mixed_precision,
                 # The batch is the same however many share it, and so is the schedule.
                 dataloader_config=DataLoaderConfiguration(split_batches=True),
+                # One process decodes a corpus while the others wait; if it dies, torchrun ends all.
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
             )
         except ValueError as error:
             raise InputError(
