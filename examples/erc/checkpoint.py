@@ -1,9 +1,11 @@
 """The state of a stage in the middle of its training: complete, verified, the last two kept.
 
-A checkpoint is a pair of files, ``step-<n>.safetensors`` with every tensor and ``step-<n>.json``
-with the rest, which holds the digest of the first and is written last. Accelerate's own are not
-used, as it pickles optimiser and generators, writes in place, verifies nothing, and goes on if the
-generators cannot be put back.
+A checkpoint is a pair of files, one of safetensors with every tensor and one of JSON with the rest,
+which holds the digest of the first and is written last. Their name says how many steps and epochs
+are done, so that a file that is written again is written with what was in it.
+
+Accelerate's own are not used: it pickles optimiser and generators, writes in place, verifies
+nothing, and goes on if the generators cannot be put back.
 """
 
 import sys
@@ -57,11 +59,12 @@ class Checkpoints:
         """
         return epoch_ends if self._every is None else not epoch_ends and step % self._every == 0
 
-    def save(self, step: int, state: Mapping[str, Any]) -> None:
+    def save(self, step: int, epochs: int, state: Mapping[str, Any]) -> None:
         """Save the state, and let go of all but the last two.
 
         Args:
             step: Optimiser steps done.
+            epochs: Epochs done and evaluated.
             state: Mappings with string keys, sequences, tensors and what JSON can hold.
 
         Raises:
@@ -70,7 +73,7 @@ class Checkpoints:
         self._folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
         plain = _take_out_tensors(state, "", tensors)
-        record = self._folder / f"step-{step:09d}.json"
+        record = self._folder / f"step-{step:09d}-{epochs:05d}.json"
         data = record.with_suffix(".safetensors")
         write_tensors(data, tensors)
         write_record(

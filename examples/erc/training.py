@@ -332,6 +332,7 @@ class _Training:
         scaler = self._accelerator.scaler
         checkpoints.save(
             self.step,
+            len(self._history),
             {
                 "device": self._device.type,
                 "step": self.step,

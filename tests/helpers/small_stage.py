@@ -113,9 +113,10 @@ def work(folder: Path, moment: int | None = None) -> None:
     deadline = Deadline(moment)
     save = Checkpoints.save
 
-    def save_and_note(self: Checkpoints, step: int, state: Any) -> None:
-        save(self, step, state)
-        (folder / f"step-{step}").write_text(digest(folder / "stage" / CHECKPOINTS, step))
+    def save_and_note(self: Checkpoints, step: int, epochs: int, state: Any) -> None:
+        save(self, step, epochs, state)
+        name = f"step-{step:09d}-{epochs:05d}"
+        (folder / name).write_text(digest(folder / "stage" / CHECKPOINTS / f"{name}.json"))
 
     Checkpoints.save = save_and_note  # type: ignore[method-assign]
     written = artifacts.save_file
@@ -135,9 +136,8 @@ def work(folder: Path, moment: int | None = None) -> None:
     (folder / "moments").write_text(str(deadline.count))
 
 
-def digest(checkpoints: Path, step: int) -> str:
+def digest(path: Path) -> str:
     """Of everything in a checkpoint but how long it took."""
-    path = checkpoints / f"step-{step:09d}.json"
     record = json.loads(path.read_text())
     del record["state"]["seconds"], record["seal"]
     return hashlib.sha256(json.dumps(record).encode()).hexdigest()

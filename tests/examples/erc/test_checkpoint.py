@@ -30,8 +30,8 @@ def checkpoints(folder: Path, fingerprint: str = "settings", every: int | None =
 def saved(tmp_path: Path) -> Checkpoints:
     """Two checkpoints, of steps 3 and 6."""
     both = checkpoints(tmp_path)
-    both.save(3, STATE)
-    both.save(6, {**STATE, "step": 6})
+    both.save(3, 1, STATE)
+    both.save(6, 2, {**STATE, "step": 6})
     return both
 
 
@@ -58,7 +58,7 @@ def test_what_was_saved_is_loaded(saved: Checkpoints) -> None:
 def test_tied_weights_are_saved_twice(tmp_path: Path) -> None:
     tied = torch.arange(4.0)
     one = checkpoints(tmp_path)
-    one.save(1, {"a": tied, "b": tied, "c": tied[1:], "d": tied.view(2, 2).T})
+    one.save(1, 1, {"a": tied, "b": tied, "c": tied[1:], "d": tied.view(2, 2).T})
     path = one.newest()
     assert path is not None
     loaded = one.load(path)
@@ -67,18 +67,23 @@ def test_tied_weights_are_saved_twice(tmp_path: Path) -> None:
 
 
 def test_the_last_two_are_kept(saved: Checkpoints, tmp_path: Path) -> None:
-    for leftover in (".step-000000009.json.partial", "step-000000001.safetensors"):
+    for leftover in (".step-000000009-00003.json.partial", "step-000000001-00000.safetensors"):
         (tmp_path / "checkpoints" / leftover).write_text("half")
-    saved.save(9, STATE)
+    saved.save(9, 3, STATE)
     assert names(tmp_path) == [
-        f"step-{step:09d}.{kind}" for step in (6, 9) for kind in ("json", "safetensors")
+        f"step-{step:09d}-{step // 3:05d}.{kind}"
+        for step in (6, 9)
+        for kind in ("json", "safetensors")
     ]
 
 
 def test_a_later_one_that_was_passed_over_goes(saved: Checkpoints, tmp_path: Path) -> None:
-    (tmp_path / "checkpoints" / "step-000000006.json").write_text("{}")
-    saved.save(5, STATE)
-    assert {name.split(".")[0] for name in names(tmp_path)} == {"step-000000003", "step-000000005"}
+    (tmp_path / "checkpoints" / "step-000000006-00002.json").write_text("{}")
+    saved.save(5, 1, STATE)
+    assert {name.split(".")[0] for name in names(tmp_path)} == {
+        "step-000000003-00001",
+        "step-000000005-00001",
+    }
 
 
 def test_checkpoints_of_other_settings_are_not_taken(saved: Checkpoints, tmp_path: Path) -> None:
@@ -103,7 +108,7 @@ def test_due_counts_steps_or_epochs(tmp_path: Path, every: int | None, due: list
 def test_every_flipped_bit_is_found(
     saved: Checkpoints, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "checkpoints" / f"step-000000006.{kind}"
+    path = tmp_path / "checkpoints" / f"step-000000006-00002.{kind}"
     whole = path.read_bytes()
     draw = random.Random(0)
     for place in draw.sample(range(8 * len(whole)), 400):
@@ -112,23 +117,23 @@ def test_every_flipped_bit_is_found(
         path.write_bytes(damaged)
         newest = saved.newest()
         assert newest is not None
-        assert newest.stem == "step-000000003", place
+        assert newest.stem == "step-000000003-00001", place
         assert f"checkpoint {path.name} is damaged" in capsys.readouterr().err
     path.write_bytes(whole)
     newest = saved.newest()
     assert newest is not None
-    assert newest.stem == "step-000000006"
+    assert newest.stem == "step-000000006-00002"
 
 
 @pytest.mark.parametrize("kind", ["json", "safetensors"])
 def test_every_truncation_is_found(saved: Checkpoints, tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "checkpoints" / f"step-000000006.{kind}"
+    path = tmp_path / "checkpoints" / f"step-000000006-00002.{kind}"
     whole = path.read_bytes()
     for length in range(0, len(whole) - 2, 5):
         path.write_bytes(whole[:length])
         newest = saved.newest()
         assert newest is not None
-        assert newest.stem == "step-000000003", length
+        assert newest.stem == "step-000000003-00001", length
     path.write_bytes(whole + b"\0")
     assert saved.newest() != path.with_suffix(".json")
 
@@ -137,11 +142,11 @@ def test_missing_tensors_are_found(
     saved: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for step in (3, 6):
-        (tmp_path / "checkpoints" / f"step-{step:09d}.safetensors").unlink()
+        (tmp_path / "checkpoints" / f"step-{step:09d}-{step // 3:05d}.safetensors").unlink()
     assert saved.newest() is None
     assert capsys.readouterr().err.splitlines() == [
-        f"warning: a stage: checkpoint step-{step:09d}.safetensors is missing; going back to the "
-        "one before, or else to the start"
+        f"warning: a stage: checkpoint step-{step:09d}-{step // 3:05d}.safetensors is missing; "
+        "going back to the one before, or else to the start"
         for step in (6, 3)
     ]
 
@@ -156,8 +161,10 @@ def test_a_full_disk_is_an_oserror_and_leaves_what_was_there(
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(artifacts, "save_file", fill)
-    with pytest.raises(OSError, match=r"step-000000009.safetensors: .* No space left on device"):
-        saved.save(9, STATE)
+    with pytest.raises(
+        OSError, match=r"step-000000009-00003.safetensors: .* No space left on device"
+    ):
+        saved.save(9, 3, STATE)
     assert before == {
         name: (tmp_path / "checkpoints" / name).read_bytes() for name in names(tmp_path)
     }

@@ -249,7 +249,7 @@ def test_ctrl_c_keeps_the_step_at_hand_and_the_rest_is_as_if_it_never_came(
         small_stage.fit(checkpoints(tmp_path), hardware=hardware, objective=Interrupting(at))
     newest = checkpoints(tmp_path).newest()
     assert newest is not None
-    assert newest.stem == f"step-{at:09d}"
+    assert newest.stem.startswith(f"step-{at:09d}-")
     rest = Interrupting(-1)
     same(whole, small_stage.fit(checkpoints(tmp_path), hardware=hardware, objective=rest))
     assert rest.calls == small_stage.STEPS - at
@@ -295,7 +295,7 @@ def test_a_checkpoint_of_another_device_is_refused(tmp_path: Path) -> None:
     newest = checkpoints(tmp_path).newest()
     assert newest is not None
     state = checkpoints(tmp_path).load(newest)
-    checkpoints(tmp_path).save(100, {**state, "device": "cuda"})
+    checkpoints(tmp_path).save(100, 3, {**state, "device": "cuda"})
     with pytest.raises(InputError, match=r"of the device cpu, got one of cuda; go on with --devi"):
         small_stage.fit(checkpoints(tmp_path))
 
@@ -307,7 +307,7 @@ def test_a_missing_state_is_an_error(tmp_path: Path, name: str) -> None:
     assert newest is not None
     state = checkpoints(tmp_path).load(newest)
     del state[name]
-    checkpoints(tmp_path).save(100, state)
+    checkpoints(tmp_path).save(100, 3, state)
     with pytest.raises(KeyError, match=name):
         small_stage.fit(checkpoints(tmp_path))
 
