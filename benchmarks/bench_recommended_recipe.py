@@ -2,9 +2,9 @@
 
 The whole method (the teacher, students taught both ways, everything at hand fused by shifting) is
 trained on extracted features with the released numbers, and with each of some changes. Only the
-dev split is scored; the labels of test are not looked at. A change is recommended if it gains more
-than two standard errors of the difference, seed by seed, and of those that do in one group the one
-that gains most; all of these together have to hold up as well, in the row ``recommended``.
+dev split is scored; the labels of test are not looked at. A value is recommended if it gains more
+than two standard errors of the difference, seed by seed: of several, the first that is within one
+standard error of the best. All that are taken have to hold up together, in the row ``recommended``.
 
 Run ``python -m benchmarks.bench_recommended_recipe meld FOLDER`` and the same for ``iemocap``; each
 writes ``benchmarks/results/<version>/recommended_recipe--<corpus>.json`` after every row, and goes
@@ -104,15 +104,21 @@ def row(name: str, scores: list[float], released: list[float]) -> Row:
 
 
 def mark_taken(rows: list[Row]) -> None:
-    """Mark, of the changes of each number, the one that is recommended, if any is."""
+    """Mark, of the values of each number, the one that is recommended, if any is."""
     groups: dict[str, list[Row]] = {}
     for found in rows:
         found["taken"] = found["change"] == "recommended"
         groups.setdefault(found["change"].rpartition(" ")[0], []).append(found)
     for number, group in groups.items():
         best = max(group, key=lambda found: float(found["gain"]))
-        if number and best["gain"] > ERRORS * best["standard_error"]:
-            best["taken"] = True
+        least = best["gain"] - best["standard_error"]
+        good = (
+            found
+            for found in group
+            if found["gain"] >= least and found["gain"] > ERRORS * found["standard_error"]
+        )
+        if number and (first := next(good, None)):
+            first["taken"] = True
 
 
 def main() -> None:

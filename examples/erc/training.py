@@ -241,12 +241,12 @@ class _Training:
         self._device = self._accelerator.device
         first = self._accelerator.process_index * hardware.accumulation
         self._own = range(first, first + hardware.accumulation)
-        self._parts = hardware.parts
+        self._parts = self._accelerator.num_processes * hardware.accumulation
 
         random_state.seed(seed, 0)
         self._order = torch.Generator().manual_seed(seed)
         batches = self._draw()
-        check_parts(batches, hardware.parts, title)
+        check_parts(batches, self._parts, title)
         self.steps_of_an_epoch = len(batches)
         self._bare = build()
         self._prepare(optimisation, optimisation.epochs * len(batches))

@@ -2,7 +2,9 @@
 
 *Released* is the authors' code, github.com/yuntaeyang/TelME at commit f22fc9f; files and lines are
 those of its folder ``MELD``. *Paper* is Yun et al., NAACL 2024 (arXiv 2401.12987); its Table 9 was
-at hand through summaries only, so a number that rests on it says so.
+at hand through summaries only, so a number that rests on it says so. *Recommended* is released, but
+for what gains on dev with extracted features, test left alone; ``python -m
+benchmarks.bench_recommended_recipe meld FOLDER`` shows it.
 The README tells where the two differ, ``docs/pipelines.rst`` where we depart from both.
 """
 
@@ -54,4 +56,6 @@ PAPER = Recipe(
     fusion=RELEASED.fusion,  # Table 9: theta 0.1, 3 heads, dropout 0.2
 )
 
-RECIPES = {recipe.name: recipe for recipe in (PAPER, RELEASED)}
+RECOMMENDED = replace(RELEASED, name="recommended")
+
+RECIPES = {recipe.name: recipe for recipe in (PAPER, RELEASED, RECOMMENDED)}

@@ -23,4 +23,5 @@ def test_recipes_are_found_by_name() -> None:
     assert {name: recipe.name for name, recipe in RECIPES.items()} == {
         "paper": "paper",
         "released": "released",
+        "recommended": "recommended",
     }
