@@ -154,6 +154,7 @@ def main() -> None:
             scores = dev_scores(source, recipe, range(options.seeds), folder)
             released = document["rows"][0]["dev_weighted_f1"] if document["rows"] else scores
             document["rows"].append(row(name, scores, released))
+            document["rows"].sort(key=lambda found: [*changes].index(found["change"]))
             mark_taken(document["rows"])
             text = json.dumps(document, indent=2) + "\n"
             artifacts.replace(path, lambda partial, text=text: partial.write_text(text))
