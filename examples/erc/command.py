@@ -1,9 +1,11 @@
 """The command line that both corpora share."""
 
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -302,6 +304,12 @@ def _settle(recipe: Recipe, source: "Source", options: dict[str, Any]) -> Recipe
         "class_balance": options["class_balance"],
         "focal_gamma": options["focal"],
     }
+    # A range lets what is no number through.
+    if unfit := [value for value in typed.values() if value is not None and not isfinite(value)]:
+        raise InputError(
+            f"--class-balance and --focal: expected finite numbers, got {unfit[0]}; 0.5 and 2 are "
+            "usual ones"
+        )
 
     def settle(own: Optimisation | None, published: Optimisation) -> Optimisation:
         chosen = own or published
@@ -333,7 +341,9 @@ def _settle(recipe: Recipe, source: "Source", options: dict[str, Any]) -> Recipe
 
 def _typed(name: str, context: click.Context) -> str:
     """The command that the user gave, in a form that a shell takes."""
-    return shlex.join(["python", "-m", f"examples.{name}", *_typed_options(context)])
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")  # torchrun's
+    launcher = ["python"] if processes == "1" else ["torchrun", "--nproc_per_node", processes]
+    return shlex.join([*launcher, "-m", f"examples.{name}", *_typed_options(context)])
 
 
 def _typed_options(context: click.Context) -> list[str]:

@@ -177,6 +177,13 @@ def test_options_against_imbalance_and_for_the_loop_arrive(
     assert [arguments[6] for arguments in calls] == [None, None, 7]
 
 
+@pytest.mark.parametrize("words", [("--focal", "inf"), ("--class-balance", "nan")])
+def test_what_is_no_number_is_refused(write_features: Write, words: tuple[str, str]) -> None:
+    result = call("--features", write_features(), *words)
+    assert result.exit_code == 2
+    assert f"got {words[1]}; 0.5 and 2 are usual ones" in result.stderr
+
+
 def test_two_processes_give_what_one_gives_with_the_batch_in_two_parts(
     write_features: Write, tmp_path: Path
 ) -> None:
@@ -208,6 +215,8 @@ def test_two_processes_give_what_one_gives_with_the_batch_in_two_parts(
             for key, values in tensors[0].items():
                 assert torch.allclose(values, tensors[1][key], rtol=1e-4, atol=1e-5), (stage, key)
     assert two.stdout.count("MELD, seed 0, ") == 10  # each line once
+    results = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert results["command"].startswith("torchrun --nproc_per_node 2 -m examples.meld --features")
 
 
 def test_recipes_serve_a_source_without_an_optimisation(
