@@ -55,16 +55,15 @@ def classification(**numbers: float) -> Change:
     return lambda recipe: replace(recipe, classification=replace(recipe.classification, **numbers))
 
 
-# What builds on least comes first: stages whose settings stay are kept from row to row.
 CHANGES: dict[str, Change] = {
     "released": lambda recipe: recipe,
     **{f"threshold {value}": fusion(threshold=value) for value in (0.01, 0.1, 0.2, 0.5, 1.0, 2.0)},
+    **{f"class balance {value}": classification(class_balance=value) for value in (0.5, 1.0)},
+    "focal gamma 1.0": classification(focal_gamma=1.0),
     **{f"temperature {value}": student(temperature=value) for value in (1.0, 2.0, 4.0)},
     **{f"response weight {value}": student(response_weight=value) for value in (0.1, 1.0)},
     **{f"feature weight {value}": student(feature_weight=value) for value in (0.3, 3.0)},
     "feature temperature 0.3": student(feature_temperature=0.3),
-    **{f"class balance {value}": classification(class_balance=value) for value in (0.5, 1.0)},
-    "focal gamma 1.0": classification(focal_gamma=1.0),
 }
 
 

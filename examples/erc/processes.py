@@ -59,7 +59,9 @@ def wait() -> None:
 
 
 def in_turn(work: Callable[[], Value]) -> Value:
-    """Work in the first process, and then, when its files are there, in the others; all call this.
+    """Work in one process after another, the first one first; all of them call this.
+
+    What the first has to write is then there for the others, and nobody reads what another writes.
 
     Args:
         work: What every process does.
@@ -67,10 +69,9 @@ def in_turn(work: Callable[[], Value]) -> Value:
     Returns:
         What it returns.
     """
-    if not first():
-        wait()
-    value = work()
-    if first():
+    for turn in range(count()):
+        if turn == index():
+            value = work()
         wait()
     return value
 

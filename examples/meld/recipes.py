@@ -56,6 +56,10 @@ PAPER = Recipe(
     fusion=RELEASED.fusion,  # Table 9: theta 0.1, 3 heads, dropout 0.2
 )
 
-RECOMMENDED = replace(RELEASED, name="recommended")
+RECOMMENDED = replace(
+    RELEASED,
+    name="recommended",
+    fusion=replace(RELEASED.fusion, threshold=2.0),  # the shift may be longer than the feature
+)
 
 RECIPES = {recipe.name: recipe for recipe in (PAPER, RELEASED, RECOMMENDED)}
