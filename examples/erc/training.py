@@ -12,6 +12,7 @@ order of sums.
 """
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -498,11 +499,10 @@ def uninterrupted() -> Iterator[None]:
         nonlocal came
         came = True
 
-    try:
-        before = signal.signal(signal.SIGINT, wait)
-    except ValueError:  # only the main thread receives it
+    if threading.current_thread() is not threading.main_thread():  # which alone receives it
         yield
         return
+    before = signal.signal(signal.SIGINT, wait)
     try:
         yield
     finally:
