@@ -36,7 +36,7 @@ def test_of_several_values_the_first_that_is_about_as_good_is_taken() -> None:
 
 
 def test_each_number_is_judged_alone() -> None:
-    rows = [found("threshold 0.1", 0.3), found("class balance 0.5", 0.9)]
+    rows = [found("threshold 0.1", 0.4), found("class balance 0.5", 0.9)]
     assert taken(*rows, found("recommended", 1.1)) == [
         "threshold 0.1",
         "class balance 0.5",
