@@ -27,6 +27,7 @@ from transformers import (
     Wav2Vec2FeatureExtractor,
 )
 
+from examples.erc import processes
 from examples.erc.errors import InputError
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
@@ -79,7 +80,12 @@ def write(folder: Path, corpus_texts: Iterable[str], *, seed: int = 0) -> dict[s
 
 
 def _publish(parts: Iterable[_Savable], folder: Path) -> None:
-    """Save all parts beside their place, then put them there in one step."""
+    """Save all parts beside their place, then put them there in one step.
+
+    Of several processes the first does, as transformers saves nothing in the others.
+    """
+    if not processes.first():
+        return
     partial = folder.with_name(f".{folder.name}.partial")
     rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
