@@ -280,22 +280,6 @@ def _leaf(value: object) -> str:
     return _constant(value) if isinstance(value, float) else str(value)
 
 
-# The check of a corpus ---------------------------------------------------------------------------
-
-
-def check_kinds() -> str:
-    """A table of every kind of finding."""
-    try:
-        kinds = importlib.import_module("examples.erc.corpus_check").KINDS
-    except ModuleNotFoundError as error:
-        return (
-            f".. note::\n\n   The kinds of findings are left out: this build has no package "
-            f"{error.name}, which the pipelines need.\n"
-        )
-    rows = [[name, kind.severity, kind.meaning] for name, kind in kinds.items()]
-    return table("", ["Finding", "Severity", "Meaning"], rows, words=3)
-
-
 def recommended_recipe(document: Row) -> str:
     """What each change of one number gains on dev, and what all that are taken gain together."""
     rows = []
@@ -311,6 +295,22 @@ def recommended_recipe(document: Row) -> str:
     heads = ["Change", "Weighted F1 on dev", "Gain ± its standard error"]
     title = f"{document['corpus'].upper()}: means over {document['seeds']} seeds, in percent"
     return "\n".join([table(title, heads, rows, words=1), _provenance(document)])
+
+
+# The check of a corpus ---------------------------------------------------------------------------
+
+
+def check_kinds() -> str:
+    """A table of every kind of finding."""
+    try:
+        kinds = importlib.import_module("examples.erc.corpus_check").KINDS
+    except ModuleNotFoundError as error:
+        return (
+            f".. note::\n\n   The kinds of findings are left out: this build has no package "
+            f"{error.name}, which the pipelines need.\n"
+        )
+    rows = [[name, kind.severity, kind.meaning] for name, kind in kinds.items()]
+    return table("", ["Finding", "Severity", "Meaning"], rows, words=3)
 
 
 # The pipelines' results --------------------------------------------------------------------------
