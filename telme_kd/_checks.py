@@ -326,25 +326,25 @@ def attend_over_word(attend_over: str) -> None:
     _word("attend_over", attend_over, _ATTEND_OVER)
 
 
-def group_word(group: object) -> None:
-    """Check the kind of a ``group`` argument."""
+def group_word(group: object, name: str = "group") -> None:
+    """Check the kind of an argument that stands for processes."""
     if group is None or group == "world":
         return
     if torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup):
         return
     raise DTypeError(
-        f"group: expected a torch.distributed.ProcessGroup, 'world' or None, got {_kind(group)}; "
+        f"{name}: expected a torch.distributed.ProcessGroup, 'world' or None, got {_kind(group)}; "
         "make one with torch.distributed.new_group()"
     )
 
 
-def process_group(group: object) -> ProcessGroup:
-    """Return the process group that ``group`` stands for."""
-    group_word(group)
+def process_group(group: object, name: str = "group") -> ProcessGroup:
+    """Return the process group that an argument stands for."""
+    group_word(group, name)
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise DistributedError(
-            "group: expected an initialised torch.distributed, got none; call "
-            "torch.distributed.init_process_group() first, or pass group=None"
+            f"{name}: expected an initialised torch.distributed, got none; call "
+            f"torch.distributed.init_process_group() first, or pass {name}=None"
         )
     if isinstance(group, torch.distributed.ProcessGroup):
         return group
@@ -353,22 +353,88 @@ def process_group(group: object) -> ProcessGroup:
     return world
 
 
-def agree_across_processes(sizes: Sequence[tuple[int, int, int, int]]) -> None:
-    """Check what the processes of a group gathered about their rows.
+def group_of_several(group: object, name: str = "group") -> ProcessGroup | None:
+    """Return the process group that an argument stands for; None if that is one process alone."""
+    group_word(group, name)
+    if group is None:
+        return None
+    processes = process_group(group, name)
+    return processes if processes.size() > 1 else None
+
+
+def same_group(name: str, given: object, group: object) -> None:
+    """Check that a term of an objective is over the objective's processes."""
+    if given != group:
+        raise RangeError(
+            f"{name}: expected a term over the group of the objective, got one over "
+            f"{'none' if given is None else 'another'}; build it with the same group="
+        )
+
+
+def agree_across_processes(
+    *, rows: Sequence[int], columns: Sequence[tuple[int, int]], settings: Sequence[int]
+) -> None:
+    """Check what the processes of a group have told each other about their rows.
 
     Args:
-        sizes: of each process: rows, width, bytes per entry, whether there is a mask.
+        rows: of each process.
+        columns: of each process, how many, and the bits that an entry is computed with.
+        settings: of each process, a number that stands for the loss and its options.
     """
-    if len({(width, itemsize) for _, width, itemsize, _ in sizes}) > 1:
-        listed = ", ".join(f"{width} x {8 * itemsize} bit" for _, width, itemsize, _ in sizes)
+    if len(set(columns)) > 1:
+        listed = ", ".join(f"{width} x {bits} bit" for width, bits in columns)
         raise DistributedError(
             f"group: expected one width and dtype in all processes, got {listed}; "
             "give every process the same label set or feature width, and dtype"
         )
-    if not any(rows for rows, *_ in sizes):
+    _same_settings("group", settings)
+    if not any(rows):
         raise ShapeError(
             "group: expected at least one item in one of the processes, got none; "
             "skip the loss for an empty batch"
+        )
+
+
+def agree_across_class_group(
+    *, items: Sequence[tuple[int, int]], bits: Sequence[int], settings: Sequence[int]
+) -> None:
+    """Check what processes with the same items have told each other.
+
+    Args:
+        items: of each process, how many, and how many of them count.
+        bits: of each process, those that an entry is computed with.
+        settings: of each process, a number that stands for the loss and its options.
+    """
+    if len(set(items)) > 1:
+        listed = ", ".join(f"{counted} of {rows}" for rows, counted in items)
+        raise DistributedError(
+            f"class_group: expected the same items, and mask, in all processes, got {listed}; "
+            "give every process its classes of the same batch"
+        )
+    if len(set(bits)) > 1:
+        raise DistributedError(
+            f"class_group: expected one dtype in all processes, got "
+            f"{', '.join(f'{number} bit' for number in bits)}; give every process the same dtype"
+        )
+    _same_settings("class_group", settings)
+
+
+def _same_settings(name: str, settings: Sequence[int]) -> None:
+    others = [rank for rank, number in enumerate(settings) if number != settings[0]]
+    if others:
+        raise DistributedError(
+            f"{name}: expected one loss with the same options in all processes, got others in "
+            f"{', '.join(map(str, others))} than in 0; call the same loss everywhere, and with the "
+            "same backend"
+        )
+
+
+def differentiated_once(again: bool) -> None:
+    """Refuse to differentiate the gradient of a loss over a group."""
+    if again:
+        raise DistributedError(
+            "group: expected a gradient that is not differentiated itself, got create_graph=True; "
+            "compute the loss in one process, with group=None"
         )
 
 
@@ -474,6 +540,50 @@ def module(name: str, value: object, kind: type[torch.nn.Module]) -> None:
         raise DTypeError(
             f"{name}: expected a {kind.__name__}, got {_kind(value)}; "
             f"build one with {kind.__name__}(...)"
+        )
+
+
+def parts(value: Sequence[object]) -> None:
+    """Check that a batch comes in one part or more, which can be looked at twice."""
+    if not hasattr(value, "__len__") or not hasattr(value, "__getitem__"):
+        raise DTypeError(
+            f"parts: expected a sequence, got {_kind(value)}; use list(...), as each is taken twice"
+        )
+    if len(value) == 0:
+        raise ShapeError("parts: expected at least one, got none; skip the step of an empty batch")
+
+
+def outputs_of_part(outputs: Sequence[Tensor]) -> None:
+    """Check what a model gives for a part: floating tensors with one number of items."""
+    for output in outputs:
+        floating("forward(part)", output)
+        if output.ndim < 1:
+            raise ShapeError(
+                "forward(part): expected tensors (b, ...), got a scalar; return outputs of the "
+                "model, and compute the loss in the criterion"
+            )
+    if len({output.shape[0] for output in outputs}) != 1:
+        raise ShapeError(
+            "forward(part): expected outputs with one number of items, got lengths "
+            f"{[output.shape[0] for output in outputs]}; return one row per item in each"
+        )
+
+
+def as_many_outputs(counts: Sequence[int]) -> None:
+    """Check that a model gives as many outputs for each part."""
+    if len(set(counts)) > 1:
+        raise ShapeError(
+            f"forward(part): expected as many outputs for each part, got {list(counts)}; "
+            "return the same outputs for all"
+        )
+
+
+def outputs_again(shapes: Sequence[torch.Size], first: Sequence[torch.Size]) -> None:
+    """Check that a model gives outputs of the same shapes when it sees a part again."""
+    if list(shapes) != list(first):
+        raise ShapeError(
+            f"forward(part): expected shapes {[tuple(shape) for shape in first]} again, got "
+            f"{[tuple(shape) for shape in shapes]}; it must give the same outputs when called twice"
         )
 
 

@@ -19,6 +19,8 @@ from telme_kd import _checks
 from telme_kd._typing import Backend
 from telme_kd.errors import BackendError
 from telme_kd.kernels import batch_similarity, dist, fusion, linear_dist
+from telme_kd.kernels.distributed import batch_similarity as spread_batch_similarity
+from telme_kd.kernels.distributed import dist as spread_dist
 from telme_kd.reference.batch_similarity import batch_similarity_loss
 from telme_kd.reference.dist import dist_loss
 from telme_kd.reference.fusion import gate_and_shift
@@ -39,7 +41,12 @@ _MOST_DECISIONS = 1024
 _is_exporting = getattr(torch.compiler, "is_exporting", bool)
 
 Operator: TypeAlias = Literal[
-    "dist_loss", "batch_similarity_loss", "linear_dist_loss", "gate_and_shift"
+    "dist_loss",
+    "dist_loss over a group",
+    "batch_similarity_loss",
+    "batch_similarity_loss over a group",
+    "linear_dist_loss",
+    "gate_and_shift",
 ]
 
 
@@ -136,6 +143,20 @@ _IMPLEMENTATIONS: dict[Operator, tuple[Implementation, ...]] = {
         ),
         Implementation("reference", dist_loss, _serves_all),
     ),
+    "dist_loss over a group": (
+        Implementation(
+            "cpu", partial(spread_dist.dist_loss, backend="cpu"), _against_cpu, widens=True
+        ),
+        Implementation(
+            "triton", partial(spread_dist.dist_loss, backend="triton"), _against_triton, widens=True
+        ),
+        Implementation(
+            "reference",
+            partial(spread_dist.dist_loss, backend="reference"),
+            _serves_all,
+            widens=True,
+        ),
+    ),
     "batch_similarity_loss": (
         Implementation(
             "cpu",
@@ -150,6 +171,15 @@ _IMPLEMENTATIONS: dict[Operator, tuple[Implementation, ...]] = {
             widens=True,
         ),
         Implementation("reference", batch_similarity_loss, _serves_all),
+    ),
+    # Matrix products of PyTorch's and what lies between them, on any device.
+    "batch_similarity_loss over a group": (
+        Implementation(
+            "cpu", spread_batch_similarity.batch_similarity_loss, _against_cpu, widens=True
+        ),
+        Implementation(
+            "reference", spread_batch_similarity.batch_similarity_loss, _serves_all, widens=True
+        ),
     ),
     "linear_dist_loss": (
         Implementation(

@@ -1,12 +1,15 @@
 """Batch similarity: a student's features stand to the teacher's as the teacher's to each other."""
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor, nn
 
 from telme_kd import _checks
-from telme_kd._dispatch import choose
+from telme_kd._dispatch import Operator, choose
 from telme_kd._precision import accumulation_dtype, outside_autocast
 from telme_kd._typing import Backend, Group
-from telme_kd.distributed import gather_batch
+from telme_kd.distributed import agree, for_averaging, outside_graphs
 
 
 def batch_similarity_loss(
@@ -70,28 +73,52 @@ def batch_similarity_loss(
         >>> round(batch_similarity_loss(-teacher, teacher).item(), 4)
         0.4628
     """
+    group = _checks.group_of_several(group)
     _checks.features_pair(
         student_features, teacher_features, mask=mask, may_be_empty=group is not None
     )
     temperature = _checks.positive_temperature(temperature)
-    _checks.group_word(group)
-    implementation = choose("batch_similarity_loss", backend, (student_features, teacher_features))
+    operator: Operator = (
+        "batch_similarity_loss" if group is None else "batch_similarity_loss over a group"
+    )
+    implementation = choose(operator, backend, (student_features, teacher_features))
 
     student = student_features.flatten(0, -2)
     teacher = teacher_features.flatten(0, -2)
-    if not implementation.widens or group is not None:  # rows travel in the precision of the loss
+    if not implementation.widens:
         dtype = accumulation_dtype(student, teacher)
         student, teacher = student.to(dtype), teacher.to(dtype)
     items = None if mask is None else mask.reshape(-1)
-    student, teacher, items = gather_batch(student, teacher, items, group)
+    compute = partial(implementation.function, temperature=temperature, mask=items)
+    if group is not None:
+        settings = ("batch_similarity_loss", temperature)
+        return outside_graphs(_over_group)(compute, student, teacher, items, group, settings)
     _checks.similarities_exist(student.shape[0])
     with outside_autocast(student.device):
-        return implementation.function(
+        return compute(student, teacher)
+
+
+def _over_group(
+    compute: Callable[..., Tensor],
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    group: Group,
+    settings: object,
+) -> Tensor:
+    """Return the loss of the rows (b, d) of all processes."""
+    agreement = agree(student, teacher, mask, group, settings)
+    _checks.similarities_exist(sum(agreement.rows))
+    if not agreement.same_teacher_dtype:
+        teacher = teacher.to(accumulation_dtype(student, teacher))
+    with outside_autocast(student.device):
+        loss = compute(
             student,
             teacher,
-            temperature=temperature,
-            mask=items,
+            items=agreement.items,
+            teacher_needs_grad=agreement.teacher_needs_grad,
         )
+    return for_averaging(loss, group)
 
 
 class BatchSimilarityLoss(nn.Module):

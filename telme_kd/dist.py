@@ -9,10 +9,10 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from telme_kd import _checks
-from telme_kd._dispatch import Implementation, choose, decided
+from telme_kd._dispatch import Implementation, Operator, choose, decided
 from telme_kd._precision import accumulation_dtype, is_autocast, outside_autocast
 from telme_kd._typing import Backend, Group
-from telme_kd.distributed import gather_batch
+from telme_kd.distributed import agree, for_averaging, outside_graphs
 
 
 def dist_loss(
@@ -90,6 +90,8 @@ def dist_loss(
         >>> round(dist_loss(teacher.flip(-1), teacher, temperature=2.0).item(), 3)
         8.678
     """
+    if group is not None:
+        group = _checks.group_of_several(group)
     options = (temperature, inter_weight, intra_weight, class_dim, eps, group, backend)
     if group is None:
         call = decided(_decide, student_logits, teacher_logits, mask, options)
@@ -269,7 +271,6 @@ def _decide(
         mask=mask,
         may_be_empty=group is not None,
     )
-    _checks.group_word(group)
     options = {
         "temperature": _checks.positive_temperature(temperature),
         "inter_weight": _checks.non_negative("inter_weight", inter_weight),
@@ -277,7 +278,8 @@ def _decide(
         "eps": _checks.optional_eps(eps),
     }
     is_matrix = student_logits.ndim == 2 and class_axis in (-1, 1)
-    implementation = choose("dist_loss", backend, (student_logits, teacher_logits))
+    operator: Operator = "dist_loss" if group is None else "dist_loss over a group"
+    implementation = choose(operator, backend, (student_logits, teacher_logits))
     return _Call(class_axis, is_matrix, options, implementation)
 
 
@@ -290,19 +292,32 @@ def _loss(
 ) -> Tensor:
     """Return the loss of logits (..., C, ...), outside autocast."""
     if not call.is_matrix:  # a view costs a step of backward
-        student = _class_matrix(student, call.class_axis)
-        teacher = _class_matrix(teacher, call.class_axis)
+        student = class_matrix(student, call.class_axis)
+        teacher = class_matrix(teacher, call.class_axis)
         mask = None if mask is None else mask.reshape(-1)
-    if not call.implementation.widens or group is not None:  # rows travel in the loss's precision
+    if not call.implementation.widens:
         dtype = accumulation_dtype(student, teacher)
         student, teacher = student.to(dtype), teacher.to(dtype)
     if group is not None:
-        student, teacher, mask = gather_batch(student, teacher, mask, group)
+        return outside_graphs(_over_group)(student, teacher, mask, group, call)
     _checks.relations_exist(*student.shape)
     return call.implementation.function(student, teacher, mask=mask, **call.options)
 
 
-def _class_matrix(logits: Tensor, class_axis: int) -> Tensor:
+def _over_group(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, group: Group, call: _Call
+) -> Tensor:
+    """Return the loss of the rows (b, C) of all processes."""
+    settings = ("dist_loss", call.options, call.implementation.backend)
+    agreement = agree(student, teacher, mask, group, settings)
+    _checks.relations_exist(sum(agreement.rows), student.shape[1])
+    loss = call.implementation.function(
+        student, teacher, mask=mask, items=agreement.items, **call.options
+    )
+    return for_averaging(loss, group)
+
+
+def class_matrix(logits: Tensor, class_axis: int) -> Tensor:
     """Return logits (..., C, ...) as a matrix (B, C) over all their batch axes."""
     if class_axis not in (-1, logits.ndim - 1):
         logits = logits.movedim(class_axis, -1)

@@ -6,8 +6,10 @@ from torch import Tensor, nn
 
 from telme_kd import _checks
 from telme_kd._precision import accumulation_dtype, outside_autocast
+from telme_kd._typing import Group
 from telme_kd.batch_similarity import BatchSimilarityLoss
 from telme_kd.dist import DISTLoss
+from telme_kd.distributed import mean_over_processes, outside_graphs
 
 
 class StudentLossTerms(NamedTuple):
@@ -38,13 +40,16 @@ class StudentLoss(nn.Module):
     Args:
         response_weight: :math:`\alpha` >= 0; 0 skips the term.
         feature_weight: :math:`\beta` >= 0; 0 skips the term, and no features are needed.
-        response: the response term; None for ``DISTLoss()``.
-        feature: the feature term; None for ``BatchSimilarityLoss()``.
+        response: the response term; None for ``DISTLoss()``, over the same group.
+        feature: the feature term; None for ``BatchSimilarityLoss()``, over the same group.
         class_weight: (C,) floating, weights of the classes in the cross-entropy, or None.
         label_smoothing: of the cross-entropy, in [0, 1).
+        group: None for the local batch; a process group or ``"world"`` for the whole batch of its
+            processes, in every term, with the gradient that DistributedDataParallel's mean expects.
+            Terms that are given must be over the same group.
 
     Raises:
-        RangeError: a number is out of range.
+        RangeError: a number is out of range, or a term is over another group.
         DTypeError: an argument is of another type.
 
     Example:
@@ -69,14 +74,20 @@ class StudentLoss(nn.Module):
         feature: BatchSimilarityLoss | None = None,
         class_weight: Tensor | None = None,
         label_smoothing: float = 0.0,
+        group: Group = None,
     ) -> None:
         super().__init__()
+        _checks.group_word(group)
         self.response_weight = _checks.non_negative("response_weight", response_weight)
         self.feature_weight = _checks.non_negative("feature_weight", feature_weight)
-        self.response = DISTLoss() if response is None else response
-        self.feature = BatchSimilarityLoss() if feature is None else feature
+        self.response = DISTLoss(group=group) if response is None else response
+        self.feature = BatchSimilarityLoss(group=group) if feature is None else feature
         _checks.module("response", self.response, DISTLoss)
         _checks.module("feature", self.feature, BatchSimilarityLoss)
+        if group is not None:
+            _checks.same_group("response", self.response.group, group)
+            _checks.same_group("feature", self.feature.group, group)
+        self.group = group
         if class_weight is not None:
             _checks.class_weight(class_weight)
         self.register_buffer("class_weight", class_weight, persistent=False)
@@ -110,6 +121,7 @@ class StudentLoss(nn.Module):
             ShapeError: shapes do not fit each other.
             DTypeError: a dtype does not fit, or features are missing.
             DeviceError: the tensors lie on different devices.
+            DistributedError: a group is not there, or its processes disagree.
         """
         # The terms would check all this too, but one after another, and nothing is computed before
         # everything is checked.
@@ -165,6 +177,8 @@ class StudentLoss(nn.Module):
             count = counted.sum().to(dtype)
         else:
             count = (weight.to(dtype)[labels.clamp(min=0)] * counted).sum()
+        if _checks.group_of_several(self.group) is not None:
+            return outside_graphs(mean_over_processes)(summed, count, self.group)
         return summed / count.where(count > 0, 1.0)
 
     def extra_repr(self) -> str:

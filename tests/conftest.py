@@ -1,6 +1,8 @@
 """What every test shares: Triton's interpreter, one thread, Hypothesis profiles, fresh warnings."""
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels run without a GPU
 
@@ -9,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from telme_kd import _checks
+from tests.helpers import processes
 
 torch.set_num_threads(1)  # sums in one order on every machine, and no fight over cores
 
@@ -27,3 +30,10 @@ settings.load_profile(
 def fresh_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget which one-time warnings were given, so that no test depends on those before it."""
     monkeypatch.setattr(_checks, "_warned", set())
+
+
+@pytest.fixture(scope="session")
+def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[processes.Crew]:
+    """Four processes that form a group; started once, where a test wants them."""
+    with processes.crew(4, Path(tmp_path_factory.mktemp("group"))) as running:
+        yield running

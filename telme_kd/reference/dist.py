@@ -71,19 +71,18 @@ def pearson(
         return covariance / (student_norm * teacher_norm + eps)
     return (
         covariance
-        * _inverse_norm(student_centred, student, dim)
-        * _inverse_norm(teacher_centred, teacher, dim)
+        * inverse_norm(student_centred.square().sum(dim), student.square().sum(dim))
+        * inverse_norm(teacher_centred.square().sum(dim), teacher.square().sum(dim))
     )
 
 
-def _inverse_norm(centred: Tensor, uncentred: Tensor, dim: int) -> Tensor:
+def inverse_norm(squared: Tensor, uncentred_squared: Tensor) -> Tensor:
     """1 / |a|, attenuated where |a| is less than ``RELATIVE_FLOOR`` times the uncentred norm.
 
     With x = |a| / (floor |p|): 1 / |a| for x >= 1, and (s + (1 - s) x^2) / (floor |p|) below, where
     s sets the gradient at x = 0. Everything is a function of squares, so smooth at zero.
     """
-    squared = centred.square().sum(dim)
-    floor = RELATIVE_FLOOR**2 * uncentred.square().sum(dim)
+    floor = RELATIVE_FLOOR**2 * uncentred_squared
     # The floor is zero only for a class at -inf in every row. Any divisor makes its rho 0.
     floor = torch.where(floor == 0, 1.0, floor)
     slope = RELATIVE_FLOOR / CONSTANT_GRADIENT_LIKE
