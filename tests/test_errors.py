@@ -37,6 +37,7 @@ from telme_kd.functional import (
     inter_class_loss,
     intra_class_loss,
     linear_dist_loss,
+    sharded_dist_loss,
 )
 
 BUILT_IN = {
@@ -387,6 +388,33 @@ MISTAKES: dict[str, Mistake] = {
         )
         for module in (DISTLoss, BatchSimilarityLoss)
     },
+    "sharded_dist_loss: number as group": (
+        lambda: sharded_dist_loss(X, X, class_group=3), DTypeError, "class_group",
+        r"a torch\.distributed\.ProcessGroup, 'world' or None", "an? int",
+        r"make one with torch\.distributed\.new_group\(\)",
+    ),
+    "sharded_dist_loss: no processes": (
+        lambda: sharded_dist_loss(X, X, class_group="world"), DistributedError, "class_group",
+        r"an initialised torch\.distributed", "none",
+        r"call torch\.distributed\.init_process_group\(\) first, or pass class_group=None",
+    ),
+    "sharded_dist_loss: shapes": (
+        lambda: sharded_dist_loss(X, X[:, :6], class_group=None), ShapeError, "teacher_logits",
+        r"\(4, 7\) to match student_logits", r"\(4, 6\)", "both must .*",
+    ),
+    **_number_mistakes(
+        "sharded_dist_loss",
+        lambda v: sharded_dist_loss(X, X, class_group=None, temperature=v),
+        "temperature", POSITIVE_TEXT, POSITIVE,
+    ),
+    "StudentLoss: group": (
+        lambda: StudentLoss(group="all"), DTypeError, "group",
+        r"a torch\.distributed\.ProcessGroup, 'world' or None", "a str", "make one .*",
+    ),
+    "StudentLoss: response of another group": (
+        lambda: StudentLoss(response=DISTLoss(), group="world"), RangeError, "response",
+        "a term over the group of the objective", "one over none", "build it with the same group=",
+    ),
     # bounded_shift
     "anchor: list": (
         lambda: bounded_shift([1.0], X, threshold=0.1), DTypeError, "anchor",
