@@ -3,6 +3,7 @@
 from telme_kd import errors, functional, interop
 from telme_kd._dispatch import available_backends
 from telme_kd._version import __version__
+from telme_kd.accumulation import accumulate_gradient
 from telme_kd.batch_similarity import BatchSimilarityLoss
 from telme_kd.dist import DISTLoss
 from telme_kd.fusion import AttentionShiftingFusion, ShiftingFusion
@@ -15,6 +16,7 @@ __all__ = [
     "ShiftingFusion",
     "StudentLoss",
     "__version__",
+    "accumulate_gradient",
     "available_backends",
     "errors",
     "functional",

@@ -6,6 +6,7 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -22,6 +23,7 @@ PUBLIC = [
     telme_kd.DISTLoss,
     telme_kd.ShiftingFusion,
     telme_kd.StudentLoss,
+    telme_kd.accumulate_gradient,
     telme_kd.available_backends,
     *(getattr(functional, name) for name in functional.__all__),
     interop.load_released_fusion,
@@ -65,6 +67,20 @@ SIGNATURES: dict[str, tuple[Callable[..., Any], str]] = {
         "(student_hidden, student_weight, teacher_hidden, teacher_weight, *, student_bias=None, "
         "teacher_bias=None, temperature=1.0, inter_weight=1.0, intra_weight=1.0, mask=None, "
         "eps=None, chunk_bytes=536870912, backend='auto')",
+    ),
+    "sharded_dist_loss": (
+        functional.sharded_dist_loss,
+        "(student_logits, teacher_logits, *, class_group, temperature=1.0, inter_weight=1.0, "
+        "intra_weight=1.0, class_dim=-1, mask=None, eps=None, group=None)",
+    ),
+    "accumulate_gradient": (
+        telme_kd.accumulate_gradient,
+        f"(parts, forward, criterion, *, no_sync={nullcontext})",
+    ),
+    "StudentLoss": (
+        telme_kd.StudentLoss,
+        "(response_weight=1.0, feature_weight=1.0, *, response=None, feature=None, "
+        "class_weight=None, label_smoothing=0.0, group=None)",
     ),
     "bounded_shift": (
         functional.bounded_shift,
