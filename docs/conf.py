@@ -28,12 +28,13 @@ extensions = [
     "sphinx-mathjax-offline",  # after sphinx.ext.mathjax: formulas without a network
     "committed_results",
     "performance_results",
+    "scaling_results",
 ]
 exclude_patterns = ["_build", "_generated"]
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|nn|collections|typing)\..*"),
-    (r"py:class", r"Tensor|Module|ProcessGroup|optional"),
+    (r"py:.*", r"(torch|nn|collections|contextlib|typing)\..*"),
+    (r"py:class", r"Tensor|Module|ProcessGroup|optional|telme_kd\.accumulation\.Part"),
 ]
 
 if os.environ.get("TELME_KD_DOCS_INTERSPHINX") == "1":
