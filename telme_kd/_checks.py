@@ -5,6 +5,7 @@ types, shapes, dtypes and devices, never at a tensor's values: nothing here make
 """
 
 import math
+import sys
 import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -24,6 +25,9 @@ from telme_kd.errors import (
     RangeError,
     ShapeError,
 )
+
+# What stands between the code that warns and the code that called: of modules, PyTorch's call too.
+_INNER = ("telme_kd.", "torch.nn.modules.module.")
 
 _BACKENDS: tuple[str, ...] = get_args(Backend)
 _ATTEND_OVER: tuple[str, ...] = get_args(AttendOver)
@@ -613,7 +617,15 @@ _warned: set[str] = set()
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, DegenerateBatchWarning, stacklevel=4)
+        warnings.warn(message, DegenerateBatchWarning, stacklevel=_steps_to_the_caller())
+
+
+def _steps_to_the_caller() -> int:
+    """How far up the stack of ``_warn_once`` the code is that called this library."""
+    frame, steps = sys._getframe(1), 1
+    while frame.f_back and f"{frame.f_globals.get('__name__')}.".startswith(_INNER):
+        frame, steps = frame.f_back, steps + 1
+    return steps
 
 
 def _word(name: str, value: str, words: Sequence[str]) -> None:

@@ -1,12 +1,11 @@
 """Batch similarity: a student's features stand to the teacher's as the teacher's to each other."""
 
-from collections.abc import Callable
-from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from telme_kd import _checks
-from telme_kd._dispatch import Operator, choose
+from telme_kd._dispatch import Implementation, Operator, choose, decided
 from telme_kd._precision import accumulation_dtype, outside_autocast
 from telme_kd._typing import Backend, Group
 from telme_kd.distributed import agree, for_averaging, outside_graphs
@@ -73,52 +72,15 @@ def batch_similarity_loss(
         >>> round(batch_similarity_loss(-teacher, teacher).item(), 4)
         0.4628
     """
-    group = _checks.group_of_several(group)
-    _checks.features_pair(
-        student_features, teacher_features, mask=mask, may_be_empty=group is not None
-    )
-    temperature = _checks.positive_temperature(temperature)
-    operator: Operator = (
-        "batch_similarity_loss" if group is None else "batch_similarity_loss over a group"
-    )
-    implementation = choose(operator, backend, (student_features, teacher_features))
-
-    student = student_features.flatten(0, -2)
-    teacher = teacher_features.flatten(0, -2)
-    if not implementation.widens:
-        dtype = accumulation_dtype(student, teacher)
-        student, teacher = student.to(dtype), teacher.to(dtype)
-    items = None if mask is None else mask.reshape(-1)
-    compute = partial(implementation.function, temperature=temperature, mask=items)
     if group is not None:
-        settings = ("batch_similarity_loss", temperature)
-        return outside_graphs(_over_group)(compute, student, teacher, items, group, settings)
-    _checks.similarities_exist(student.shape[0])
-    with outside_autocast(student.device):
-        return compute(student, teacher)
-
-
-def _over_group(
-    compute: Callable[..., Tensor],
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor | None,
-    group: Group,
-    settings: object,
-) -> Tensor:
-    """Return the loss of the rows (b, d) of all processes."""
-    agreement = agree(student, teacher, mask, group, settings)
-    _checks.similarities_exist(sum(agreement.rows))
-    if not agreement.same_teacher_dtype:
-        teacher = teacher.to(accumulation_dtype(student, teacher))
-    with outside_autocast(student.device):
-        loss = compute(
-            student,
-            teacher,
-            items=agreement.items,
-            teacher_needs_grad=agreement.teacher_needs_grad,
-        )
-    return for_averaging(loss, group)
+        group = _checks.group_of_several(group)
+    options = (temperature, group, backend)
+    if group is None:
+        call = decided(_decide, student_features, teacher_features, mask, options)
+    else:  # a group is not to be kept alive
+        call = _decide(student_features, teacher_features, mask, *options)
+    with outside_autocast(student_features.device):
+        return _loss(student_features, teacher_features, mask, group, call)
 
 
 class BatchSimilarityLoss(nn.Module):
@@ -172,3 +134,65 @@ class BatchSimilarityLoss(nn.Module):
     def extra_repr(self) -> str:
         """Return the options, as ``repr`` shows them."""
         return f"temperature={self.temperature}, backend={self.backend!r}"
+
+
+class _Call(NamedTuple):
+    """What was passed, checked, and who computes it."""
+
+    temperature: float
+    implementation: Implementation
+
+
+def _decide(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    group: Group,
+    backend: Backend,
+) -> _Call:
+    _checks.features_pair(
+        student_features, teacher_features, mask=mask, may_be_empty=group is not None
+    )
+    operator: Operator = (
+        "batch_similarity_loss" if group is None else "batch_similarity_loss over a group"
+    )
+    return _Call(
+        _checks.positive_temperature(temperature),
+        choose(operator, backend, (student_features, teacher_features)),
+    )
+
+
+def _loss(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, group: Group, call: _Call
+) -> Tensor:
+    """Return the loss of features (..., d), outside autocast."""
+    student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
+    mask = None if mask is None else mask.reshape(-1)
+    if not call.implementation.widens:
+        dtype = accumulation_dtype(student, teacher)
+        student, teacher = student.to(dtype), teacher.to(dtype)
+    if group is not None:
+        return outside_graphs(_over_group)(student, teacher, mask, group, call)
+    _checks.similarities_exist(student.shape[0])
+    return call.implementation.function(student, teacher, temperature=call.temperature, mask=mask)
+
+
+def _over_group(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, group: Group, call: _Call
+) -> Tensor:
+    """Return the loss of the rows (b, d) of all processes."""
+    settings = ("batch_similarity_loss", call.temperature)
+    agreement = agree(student, teacher, mask, group, settings)
+    _checks.similarities_exist(sum(agreement.rows))
+    if not agreement.same_teacher_dtype:
+        teacher = teacher.to(accumulation_dtype(student, teacher))
+    loss = call.implementation.function(
+        student,
+        teacher,
+        temperature=call.temperature,
+        mask=mask,
+        items=agreement.items,
+        teacher_needs_grad=agreement.teacher_needs_grad,
+    )
+    return for_averaging(loss, group)

@@ -201,6 +201,8 @@ def test_warning_points_at_the_caller(caught: list[warnings.WarningMessage]) -> 
     similarity(1)
     weight = torch.ones(2, 4)
     linear_dist_loss(weight[None], weight, weight[None], weight)  # two items, two classes
+    DISTLoss()(torch.randn(5, 1), torch.randn(5, 1))
+    assert len(caught) == 5
     assert {message.filename for message in caught} == {__file__}
 
 
