@@ -1,4 +1,4 @@
-"""The voice: decoding, normalising, and the encoder that listens."""
+"""The voice: normalising it, and the encoder that listens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,106 +6,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from av import AudioFrame, AudioResampler
 from torch import Tensor, nn
 
 from examples.erc.clips import ClipStore
-from examples.erc.dialogue import Clip
 from examples.erc.errors import InputError
-from examples.erc.media import ClipError, Media, window
 from examples.erc.pretrained import Head, Pretrained, load_body
+from examples.erc.sound import FULL_SCALE, SAMPLE_RATE
 from examples.erc.source import JSON, EncoderOutput
 
 DEFAULT_ENCODER = "facebook/data2vec-audio-base-960h"
 """The encoder of the paper."""
-
-SAMPLE_RATE = 16_000
-"""Samples per second that speech encoders are trained on."""
 
 MASK_TIME_LENGTH = 3
 """Frames in each span that training hides from the encoder (SpecAugment), as in the released code.
 
 The encoder's own 10 frames, 0.2 s, would hide short words altogether.
 """
-
-_PREROLL = 0.2
-"""Seconds decoded before a window: a lossy decoder needs a frame to settle."""
-
-_FULL_SCALE = 32767
-
-
-def decode_waveform(clip: Clip, max_seconds: float) -> tuple[npt.NDArray[np.float32], int]:
-    """Decode the voice of a clip: 16 kHz, the mean of its channels.
-
-    The channels are averaged after resampling, more than two after a mix down to stereo: a
-    resampler that is asked for mono makes stereo louder by the square root of 2.
-
-    A clip longer than ``max_seconds`` keeps its first part, so that the work is bounded whatever
-    the file claims. In MELD only clips that were cut in wrong places are longer than 30 s: of the
-    two longest, one has the utterance at its beginning and one at its end. In IEMOCAP one turn
-    is, by 4 s.
-
-    Args:
-        clip: A file with an audio stream, or a part of it.
-        max_seconds: The length of the longest waveform in seconds, > 0.
-
-    Returns:
-        The waveform, ``[n]`` in [-1, 1] with n >= 1, and how many damaged packets were left out.
-
-    Raises:
-        ClipError: Nothing can be decoded there.
-    """
-    start, stop = window(clip, max_seconds)
-    with Media(clip.path) as media:
-        stream = media.audio
-        if stream.time_base is None:
-            raise ClipError("an audio stream without a time base")
-        if start > _PREROLL:
-            media.seek(stream, int((start - _PREROLL) / stream.time_base))
-        frames: list[AudioFrame] = []
-        began = clock = 0.0
-        for frame in media.sound(stream):
-            time = clock if frame.time is None else frame.time
-            clock = time + frame.samples / frame.sample_rate
-            if time >= stop:
-                break
-            if clock > start:
-                began = began if frames else time
-                frames.append(frame)
-        waveform = _resample(frames)
-        damaged = media.damaged
-    start = max(start, began)
-    origin = round((start - began) * SAMPLE_RATE)
-    waveform = waveform[origin : origin + round((stop - start) * SAMPLE_RATE)]
-    if not waveform.size:
-        raise ClipError("no sound in the window")
-    if not np.isfinite(waveform).all():
-        raise ClipError("samples that are not finite")
-    return np.clip(waveform, -1.0, 1.0), damaged
-
-
-def _resample(frames: Sequence[AudioFrame]) -> npt.NDArray[np.float32]:
-    """Resample frames that follow one another to 16 kHz and average their channels."""
-    if not frames:
-        raise ClipError("no sound in the window")
-    first = frames[0]
-    kind = (first.sample_rate, first.layout.name, first.format.name)
-    layout = "mono" if first.layout.nb_channels == 1 else "stereo"
-    resampler = AudioResampler(format="fltp", layout=layout, rate=SAMPLE_RATE)
-    pieces = []
-    for frame in (*frames, None):
-        if frame and (frame.sample_rate, frame.layout.name, frame.format.name) != kind:
-            raise ClipError("sound that changes its format midway")
-        pieces += [piece.to_ndarray() for piece in resampler.resample(frame)]
-    # The last piece carries the resampler's padding beyond the end.
-    length = round(sum(frame.samples for frame in frames) * SAMPLE_RATE / first.sample_rate)
-    mean: npt.NDArray[np.float32] = np.concatenate(pieces, axis=1)[:, :length].mean(axis=0)
-    return mean
-
-
-def quantise(waveform: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
-    """Round samples in [-1, 1] to 16 bits, as the released recordings have them."""
-    return np.round(waveform * _FULL_SCALE).astype(np.int16)
 
 
 class WaveformCollator:
@@ -166,7 +82,7 @@ class WaveformCollator:
     def _pad(self, samples: Tensor | None) -> npt.NDArray[np.float32]:
         if samples is None:
             return np.zeros(self._shortest_clip, np.float32)
-        waveform = samples.numpy() / np.float32(_FULL_SCALE)
+        waveform = samples.numpy() / np.float32(FULL_SCALE)
         return np.pad(waveform, (0, max(self._shortest_clip - len(waveform), 0)))
 
 

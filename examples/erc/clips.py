@@ -1,42 +1,41 @@
 """Every clip decoded once, into shards that are read row by row."""
 
-import hashlib
-import json
-import os
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from bisect import bisect_right
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 from safetensors import safe_open
-from safetensors.numpy import save
 from torch import Tensor
 from tqdm import tqdm
 
+from examples.erc import artifacts
+from examples.erc.cache import Cache, Claim, Shard
+from examples.erc.crew import Crew, Decoding, Result
 from examples.erc.dialogue import Clip
-from examples.erc.errors import InputError
-from examples.erc.media import ClipError
 from examples.erc.source import JSON
 
-MANIFEST = "manifest.json"
-"""What was decoded, with which settings, and what could not be."""
-
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same clip and settings would give another shard."""
 
 SHARD_ROWS = 64
-"""Rows in a shard: 77 MB of 8 pictures of 224 x 224 each; an interruption loses one shard."""
+"""Rows in a shard: 77 MB of 8 pictures of 224 x 224 each; an interruption loses those at work."""
 
-_PARTIAL = ".partial"
+Kind = Literal["missing", "broken", "late", "damaged"]
 
-Decode: TypeAlias = Callable[[Clip], tuple[npt.NDArray[Any], int]]
-"""Decodes a clip to values, cut along the first axis into rows, and counts damaged packets."""
+LOST: tuple[Kind, ...] = ("missing", "broken", "late")
+"""The kinds of fault that leave nothing to use."""
+
+Row = tuple[str, Clip | None]
+"""The name of an utterance, and its clip if there is one."""
 
 
 @dataclass(frozen=True)
@@ -45,35 +44,42 @@ class Fault:
 
     Attributes:
         utterance: Whose clip it is.
-        kind: "missing": there is no file; "broken": nothing can be decoded; "damaged": some of it
-            can be, and is used.
+        kind: "missing": there is no file; "broken": nothing can be decoded; "late": decoding was
+            given up without knowing why, and is tried again by the next run; "damaged": some of
+            it can be decoded, and is used.
         reason: Why, in one line.
+        row: Of the utterance.
     """
 
     utterance: str
-    kind: Literal["missing", "broken", "damaged"]
+    kind: Kind
     reason: str
+    row: int
 
 
 class ClipStore:
     """Decoded clips, read from their shards when they are asked for.
 
     Args:
-        folder: What :func:`decode_clips` filled.
+        shards: In row order.
+        utterances: The name of each row.
 
     Attributes:
         faults: What is wrong with the clips, in row order.
         digest: The SHA-256 of everything decoded.
     """
 
-    def __init__(self, folder: Path) -> None:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        self._paths = [folder / shard["file"] for shard in manifest["shards"]]
-        self._rows: int = manifest["rows"]
-        self._shard_rows: int = manifest["shard_rows"]
+    def __init__(self, shards: Sequence[Shard], utterances: Sequence[str]) -> None:
+        self.shards = tuple(shards)
+        self._starts = list(accumulate((shard.notes["rows"] for shard in shards), initial=0))
+        self._rows = len(utterances)
         self._open: dict[int, tuple[Any, list[int]]] = {}
-        self.faults = [Fault(**fault) for shard in manifest["shards"] for fault in shard["faults"]]
-        self.digest = _digest([shard["sha256"] for shard in manifest["shards"]])
+        self.faults = [
+            Fault(utterances[start + number], kind, reason, start + number)
+            for start, shard in zip(self._starts, shards, strict=False)
+            for number, kind, reason in shard.notes["faults"]
+        ]
+        self.digest = artifacts.sha256("\n".join(shard.sha256 for shard in shards).encode())
 
     def __len__(self) -> int:
         """The number of rows, clips that are missing or broken included."""
@@ -83,231 +89,273 @@ class ClipStore:
         """What was decoded for a row; ``None`` where the clip is missing or broken."""
         if not 0 <= row < self._rows:
             raise IndexError(row)
-        number, within = divmod(row, self._shard_rows)
+        number = bisect_right(self._starts, row) - 1
         if number not in self._open:
-            shard: Any = safe_open(self._paths[number], framework="pt")
+            shard: Any = safe_open(self.shards[number].path, framework="pt")
             self._open[number] = (shard, shard.get_tensor("offsets").tolist())
         shard, offsets = self._open[number]
+        within = row - self._starts[number]
         begin, end = offsets[within : within + 2]
         if begin == end:
             return None
         values: Tensor = shard.get_slice("values")[begin:end]
         return values
 
+    def count(self) -> int:
+        """Count the rows for which there is something."""
+        count = 0
+        for shard in self.shards:
+            with safe_open(shard.path, framework="np") as file:
+                offsets = file.get_tensor("offsets")
+            count += int((offsets[1:] > offsets[:-1]).sum())
+        return count
+
+    @property
+    def lost(self) -> list[Fault]:
+        """The faults of the rows for which there is nothing."""
+        return [fault for fault in self.faults if fault.kind in LOST]
+
 
 def decode_clips(
-    clips: Sequence[tuple[str, Clip | None]],
-    decode: Decode,
-    folder: Path,
+    clips: Sequence[Row],
+    decoding: Decoding,
+    cache: Cache,
+    crew: Crew,
     *,
     title: str,
+    label: str,
     settings: Mapping[str, JSON],
     shard_rows: int = SHARD_ROWS,
-    workers: int | None = None,
 ) -> ClipStore:
-    """Decode clips into a folder, or go on where an interruption ended it.
+    """Decode clips, or take them from the cache.
 
-    A shard is written whole or not at all, and kept for as long as its clips and the settings are
-    the same and its digest is right. A clip that is missing or broken costs its own row alone: it
-    is written down in the manifest, counted in a line on standard error, and read as ``None``.
+    A shard is identified by the content of the files of its clips, their windows and the settings.
+    It ends between two files, so that each file is opened once, for all of its clips that follow
+    one another. A clip that is missing or broken costs its own row alone: it is written down in
+    the shard, and read as ``None``.
 
     Args:
-        clips: The name of each utterance and its clip, in row order; at least one.
-        decode: Decodes one clip; called from several threads.
-        folder: Where the shards and their manifest go.
+        clips: In row order; at least one.
+        decoding: How one file is decoded.
+        cache: Where the shards are; it may be in use by others.
+        crew: Who decodes.
         title: What the progress bar says.
-        settings: Everything that what is decoded depends on, besides the clips.
-        shard_rows: Rows in a shard, >= 1.
-        workers: Threads, >= 1; ``None``: one for each processor, at most 8.
+        label: What the shards' names begin with.
+        settings: Everything that what is decoded depends on, besides the clips and the options of
+            ``decoding``.
+        shard_rows: Rows in a shard, >= 1; more where a single file has more.
 
     Returns:
         The decoded clips.
 
     Raises:
-        InputError: Not one clip can be decoded.
+        InputError: A file changes while it is read, or the cache cannot be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    shards = _read_shards(folder)
-    outline = {
-        "title": title,
+    common: dict[str, JSON] = {
+        "format": FORMAT,
+        "function": decoding.function,
+        "options": dict(decoding.options),
         "settings": dict(settings),
-        "rows": len(clips),
-        "shard_rows": shard_rows,
     }
-    names = []
-    with (
-        _pool(workers or min(os.cpu_count() or 1, 8)) as pool,
-        tqdm(total=len(clips), desc=title, unit="clip", disable=None) as progress,
-    ):
-        for first in range(0, len(clips), shard_rows):
-            rows = clips[first : first + shard_rows]
-            fingerprint = _fingerprint(rows, settings)
-            path = folder / f"{first // shard_rows:05}.safetensors"
-            names.append(path.name)
-            if _is_intact(path, shards.get(path.name), fingerprint):
-                progress.update(len(rows))
-                continue
-            data, faults = _decode_shard(rows, decode, pool, progress)
-            _write(path, data)
-            shards[path.name] = {
-                "file": path.name,
-                "fingerprint": fingerprint,
-                "sha256": hashlib.sha256(data).hexdigest(),
-                "faults": [asdict(fault) for fault in faults],
-            }
-            _write_manifest(folder, outline, shards.values())
-    _write_manifest(folder, outline, [shards[name] for name in names])
-    _remove_others(folder, names)
-    store = ClipStore(folder)
-    _report(store, title, folder)
+    sources = _identify(clips, cache, crew)
+    batches = [
+        _Batch(rows, sources, f"{label}-{_key(common, rows, sources)}")
+        for rows in _cut(clips, shard_rows)
+    ]
+    found: dict[str, Shard] = {}
+    with tqdm(total=len(clips), desc=title, unit="clip", disable=None) as progress:
+        for batch, shard in zip(batches, crew.each(partial(_look_up, cache), batches), strict=True):
+            if shard is not None:
+                found[batch.key] = shard
+                progress.update(len(batch.rows))
+        missing = {batch.key: batch for batch in batches if batch.key not in found}
+        for key, shard in _fill(list(missing.values()), decoding, cache, crew):
+            found[key] = shard
+            progress.update(len(missing[key].rows))
+        progress.update(len(clips) - progress.n)  # of shards that occur twice
+    cache.keep_digests()
+    store = ClipStore([found[batch.key] for batch in batches], [name for name, _ in clips])
+    _report(store, title)
     return store
 
 
-def _read_shards(folder: Path) -> dict[str, dict[str, Any]]:
-    """The shards of an earlier run by name; none where there is no readable manifest."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return {shard["file"]: shard for shard in manifest["shards"]}
-    except (OSError, ValueError, LookupError, TypeError):
-        return {}
+@dataclass(frozen=True)
+class _Batch:
+    """The rows of a shard.
 
-
-def _fingerprint(rows: Sequence[tuple[str, Clip | None]], settings: Mapping[str, JSON]) -> str:
-    """Changes when the settings, a clip's window or the size of its file do."""
-    described = [
-        [name, clip and [clip.path.name, _size(clip.path), clip.start, clip.end]]
-        for name, clip in rows
-    ]
-    return _digest([json.dumps([FORMAT, settings, described], sort_keys=True)])
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
-
-
-def _is_intact(path: Path, shard: Mapping[str, Any] | None, fingerprint: str) -> bool:
-    return (
-        shard is not None
-        and shard.get("fingerprint") == fingerprint
-        and path.is_file()
-        and hashlib.sha256(path.read_bytes()).hexdigest() == shard.get("sha256")
-    )
-
-
-def _decode_shard(
-    rows: Sequence[tuple[str, Clip | None]],
-    decode: Decode,
-    pool: ThreadPoolExecutor,
-    progress: "tqdm[Any]",
-) -> tuple[bytes, list[Fault]]:
-    pieces: list[npt.NDArray[Any]] = []
-    offsets = [0]
-    faults = []
-    for values, fault in pool.map(lambda row: _attempt(decode, *row), rows):
-        offsets.append(offsets[-1] + (0 if values is None else len(values)))
-        if values is not None:
-            pieces.append(values)
-        if fault is not None:
-            faults.append(fault)
-        progress.update()
-    joined = np.concatenate(pieces) if pieces else np.zeros(0, np.uint8)
-    return save({"values": joined, "offsets": np.array(offsets)}), faults
-
-
-def _attempt(
-    decode: Decode, utterance: str, clip: Clip | None
-) -> tuple[npt.NDArray[Any] | None, Fault | None]:
-    if clip is None:
-        return None, Fault(utterance, "missing", "no file")
-    try:
-        values, damaged = decode(clip)
-    except ClipError as error:
-        return None, Fault(utterance, "broken", str(error))
-    if damaged:
-        return values, Fault(utterance, "damaged", f"{damaged} packets left out")
-    return values, None
-
-
-def _report(store: ClipStore, title: str, folder: Path) -> None:
-    """Count the faults in one line.
-
-    Raises:
-        InputError: There is nothing but faults.
+    Attributes:
+        rows: At least one.
+        sources: Of every file its digest, or the fault that it has.
+        key: Of the shard.
     """
+
+    rows: Sequence[Row]
+    sources: Mapping[Path, "str | OSError"]
+    key: str
+
+    def files(self) -> list[tuple[list[int], list[Clip]]]:
+        """For each file that can be read, the rows of its clips and the clips."""
+        there = [
+            (number, clip)
+            for number, (_, clip) in enumerate(self.rows)
+            if clip is not None and isinstance(self.sources[clip.path], str)
+        ]
+        by_file: dict[Path, list[tuple[int, Clip]]] = {}
+        for number, clip in there:
+            by_file.setdefault(clip.path, []).append((number, clip))
+        return [
+            ([number for number, _ in group], [clip for _, clip in group])
+            for group in by_file.values()
+        ]
+
+
+class _Flight:
+    """A shard in the making."""
+
+    def __init__(self, batch: _Batch, claim: Claim, decoding: Decoding, crew: Crew) -> None:
+        self.batch = batch
+        self.claim = claim
+        self.files: list[tuple[list[int], Future[dict[int, Result]]]] = [
+            (numbers, crew.decode(clips, decoding)) for numbers, clips in batch.files()
+        ]
+
+    def unfinished(self) -> int:
+        """How many files are not decoded yet."""
+        return sum(not future.done() for _, future in self.files)
+
+    def cancel(self) -> None:
+        """Begin with no more of its files."""
+        for _, future in self.files:
+            future.cancel()
+
+    def land(self, cache: Cache) -> Shard:
+        """Wait for the clips, and write the shard."""
+        results: dict[int, Result] = {}
+        for numbers, future in self.files:
+            decoded = future.result()
+            results |= {numbers[position]: result for position, result in decoded.items()}
+        cache.check_unchanged({clips[0].path for _, clips in self.batch.files()})
+        pieces, offsets = [], [0]
+        faults: list[JSON] = []
+        for number in range(len(self.batch.rows)):
+            result = results.get(number)
+            if result is None:
+                faults.append([number, "missing", self._why(number)])
+            elif result.kind != "whole":
+                faults.append([number, result.kind, result.reason])
+            values = None if result is None else result.values
+            offsets.append(offsets[-1] + (0 if values is None else len(values)))
+            if values is not None:
+                pieces.append(values)
+        joined = np.concatenate(pieces) if pieces else np.zeros(0, np.uint8)
+        notes: JSON = {"rows": len(self.batch.rows), "faults": faults}
+        return cache.put(self.batch.key, {"values": joined, "offsets": np.array(offsets)}, notes)
+
+    def _why(self, number: int) -> str:
+        clip = self.batch.rows[number][1]
+        source = None if clip is None else self.batch.sources[clip.path]
+        return "no file" if not isinstance(source, OSError) else source.strerror or "unreadable"
+
+
+def _fill(
+    batches: Sequence[_Batch], decoding: Decoding, cache: Cache, crew: Crew
+) -> Iterator[tuple[str, Shard]]:
+    """Make the shards that are not there; those that another run makes are left to it.
+
+    So many are in the making that no process waits for the last clips of a shard.
+    """
+    waiting = deque(batches)
+    flying: deque[_Flight] = deque()
+    with ExitStack() as claims:
+        while waiting or flying:
+            while waiting and sum(flight.unfinished() for flight in flying) <= crew.size:
+                claim = _claim_any(waiting, cache, wait=not flying)
+                if claim is None:
+                    break
+                claims.callback(claim.release)
+                batch = waiting.popleft()
+                shard = cache.find(batch.key)
+                if shard is None or _is_late(shard):
+                    if shard is not None:
+                        shard.path.unlink(missing_ok=True)
+                    flying.append(_Flight(batch, claim, decoding, crew))
+                    claims.callback(flying[-1].cancel)
+                else:  # another run was quicker
+                    claim.release()
+                    yield batch.key, shard
+            if flying:
+                flight = flying.popleft()
+                shard = flight.land(cache)
+                flight.claim.release()
+                yield flight.batch.key, shard
+
+
+def _claim_any(waiting: "deque[_Batch]", cache: Cache, *, wait: bool) -> Claim | None:
+    """Claim the first shard that is free, and bring it to the front.
+
+    Only a run that holds no claim waits for one, so that no two wait for each other.
+    """
+    for _ in range(len(waiting)):
+        claim = cache.claim(waiting[0].key, wait=False)
+        if claim is not None:
+            return claim
+        waiting.rotate(-1)
+    return cache.claim(waiting[0].key, wait=True) if wait else None
+
+
+def _look_up(cache: Cache, batch: _Batch) -> Shard | None:
+    shard = cache.find(batch.key)
+    return None if shard is None or _is_late(shard) else shard
+
+
+def _is_late(shard: Shard) -> bool:
+    """Whether it is worth another try."""
+    return any(kind == "late" for _, kind, _ in shard.notes["faults"])
+
+
+def _identify(clips: Sequence[Row], cache: Cache, crew: Crew) -> dict[Path, "str | OSError"]:
+    """Of every file its digest, or why it cannot be read."""
+    paths = list(dict.fromkeys(clip.path for _, clip in clips if clip is not None))
+
+    def identify(path: Path) -> str | OSError:
+        try:
+            return cache.digest(path)
+        except OSError as error:
+            return error
+
+    return dict(zip(paths, crew.each(identify, paths), strict=True))
+
+
+def _key(
+    common: Mapping[str, JSON], rows: Sequence[Row], sources: Mapping[Path, "str | OSError"]
+) -> str:
+    described: list[JSON] = []
+    for _, clip in rows:
+        source = None if clip is None else sources[clip.path]
+        if clip is None or not isinstance(source, str):
+            described.append(None)
+        else:
+            described.append([source, clip.start, clip.end, clip.side])
+    return artifacts.sha256(artifacts.canonical({**common, "rows": described}))[:32]
+
+
+def _cut(clips: Sequence[Row], shard_rows: int) -> Iterator[Sequence[Row]]:
+    """Cut the rows into shards, never between two clips of one file."""
+    rows: list[Row] = []
+    for path, group in groupby(clips, key=lambda row: row[1] and row[1].path):
+        same = list(group)
+        # Rows without a file belong together no more than rows of different files.
+        for unit in [same] if path else [[row] for row in same]:
+            if rows and len(rows) + len(unit) > shard_rows:
+                yield rows
+                rows = []
+            rows += unit
+    yield rows
+
+
+def _report(store: ClipStore, title: str) -> None:
+    """Count the faults in one line."""
     kinds = Counter(fault.kind for fault in store.faults)
-    present = len(store) - kinds["missing"] - kinds["broken"]
-    if not present:
-        first = store.faults[0]
-        raise InputError(
-            f"{title}: expected clips that can be decoded, got none in {len(store)} "
-            f"({first.utterance}: {first.reason}); check the folder of the corpus"
-        )
     counts = "".join(f", {count} {kind}" for kind, count in sorted(kinds.items()))
-    where = f"; see {folder / MANIFEST}" if counts else ""
-    tqdm.write(f"{title}: {present} of {len(store)} clips{counts}{where}", file=sys.stderr)
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that an interruption ends after the clips that they are at."""
-    pool = ThreadPoolExecutor(workers)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _write_manifest(
-    folder: Path, outline: Mapping[str, Any], shards: Iterable[Mapping[str, Any]]
-) -> None:
-    ordered = sorted(shards, key=lambda shard: str(shard["file"]))
-    text = json.dumps({**outline, "shards": ordered}, indent=1)
-    _write(folder / MANIFEST, (text + "\n").encode())
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        InputError: There is no room, or no permission.
-    """
-    partial = path.with_name(f"{path.name}.{os.getpid()}{_PARTIAL}")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise InputError(
-            f"{path}: expected to write {len(data)} bytes, got an error ({error.strerror}); "
-            "make room, or choose another run folder: finished shards are kept"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a change of names last through a power cut."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-def _remove_others(folder: Path, names: Sequence[str]) -> None:
-    """Remove shards of a larger corpus, and what a killed run was writing."""
-    for path in folder.iterdir():
-        if path.name.endswith(_PARTIAL) or (
-            path.suffix == ".safetensors" and path.name not in names
-        ):
-            path.unlink(missing_ok=True)
-
-
-def _digest(texts: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    present = len(store) - len(store.lost)
+    tqdm.write(f"{title}: {present} of {len(store)} clips{counts}", file=sys.stderr)

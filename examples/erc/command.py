@@ -130,6 +130,24 @@ def make_command(name: str, title: str) -> click.Group:
         show_default=True,
         help="The precision of the encoders; losses are computed in float32.",
     )
+    @click.option(
+        "--bad-clips",
+        type=click.Choice(["mask", "skip", "fail"]),
+        default="mask",
+        show_default=True,
+        help="With --raw, an utterance whose clip is missing or broken: give it a zero feature, "
+        "leave it out, or train nothing.",
+    )
+    @click.option(
+        "--cache",
+        type=_FOLDER,
+        help="With --raw: a folder for decoded clips that runs share.  [default: in the output]",
+    )
+    @click.option(
+        "--crop",
+        is_flag=True,
+        help="With --raw: see only the speaker's half of a film that two people share (IEMOCAP).",
+    )
     @click.option("--text-encoder", metavar="NAME_OR_FOLDER", help="With --raw: the teacher.")
     @click.option("--audio-encoder", metavar="NAME_OR_FOLDER", help="With --raw: a student.")
     @click.option("--visual-encoder", metavar="NAME_OR_FOLDER", help="With --raw: a student.")
@@ -211,6 +229,7 @@ def _run(name: str, title: str, options: dict[str, Any], typed: str) -> None:
     kind = _kind(options)
     modalities = _modalities(options["modalities"])
     encoders = _encoders(options, kind)
+    _check_raw(options, kind)
     folder: Path = options["output"] or Path("runs") / f"{name}-{kind}"
     recipe: Recipe = import_module(f"examples.{name}.recipes").RECIPES[options["recipe"]]
 
@@ -239,7 +258,14 @@ def _run(name: str, title: str, options: dict[str, Any], typed: str) -> None:
                 for modality in modalities or MODALITIES
             }
             corpus = import_module(f"examples.{name}.corpus").read(options["raw"])
-            return RawSource(corpus, title, encoders=chosen)
+            return RawSource(
+                corpus,
+                title,
+                encoders=chosen,
+                crop=options["crop"],
+                bad_clips=options["bad_clips"],
+                cache=options["cache"],
+            )
         from examples.synthetic.source import SyntheticSource
 
         return SyntheticSource(name, title, folder, modalities or MODALITIES, SYNTHETIC_SEED)
@@ -295,6 +321,17 @@ def _encoders(options: dict[str, Any], kind: str) -> dict[str, str]:
             "which has encoders of its own; leave it out"
         )
     return named
+
+
+def _check_raw(options: dict[str, Any], kind: str) -> None:
+    """Refuse options about clips where there are none, or where they are made up."""
+    given = {"bad-clips": options["bad_clips"] != "mask", "cache": options["cache"]}
+    for name, value in {**given, "crop": options["crop"]}.items():
+        if value and kind != "raw":
+            raise InputError(
+                f"--{name}: expected only with --raw, got it with --{kind}, which has no "
+                "published clips; leave it out"
+            )
 
 
 def _settle(recipe: Recipe, source: "Source", options: dict[str, Any]) -> Recipe:

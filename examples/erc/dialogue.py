@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -13,11 +14,13 @@ class Clip:
         path: The file.
         start: Where the piece starts, in seconds, >= 0; ``None``: at the start of the file.
         end: Where it ends, in seconds, > start; ``None``: at the end of the file.
+        side: The half of its pictures in which the speaker is seen, if two people share them.
     """
 
     path: Path
     start: float | None = None
     end: float | None = None
+    side: Literal["left", "right"] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """A corpus of features that were extracted before, as the input of the pipeline."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,10 @@ class FeatureSource:
         self._values = {
             modality: torch.from_numpy(_join(modality, found)) for modality in self.modalities
         }
+
+    def describe(self, modalities: Sequence[str]) -> dict[str, JSON]:
+        """The whole folder: it has one digest."""
+        return self.description
 
     def targets(self, split: str) -> Tensor:
         """The labels of a split: int64, ``[N]``."""

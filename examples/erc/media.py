@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeAlias
 
 import av
+import numpy.typing as npt
 from av.audio.frame import AudioFrame
 from av.audio.stream import AudioStream
+from av.format import Flags
 from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
@@ -21,9 +23,17 @@ _OPTIONS = {"protocol_whitelist": "file", "format_whitelist": "mov,avi,wav,matro
 _MOST_PIXELS = 8192 * 4320
 """The largest picture that is decoded: 8K."""
 
+# The size of a stream's pictures may change midway, so that the decoder has to look out too.
+_DECODER_OPTIONS = {"max_pixels": str(_MOST_PIXELS)}
+
 
 class ClipError(Exception):
     """A clip that cannot be decoded; the message says why, in one line."""
+
+
+Decoded: TypeAlias = "tuple[int, npt.NDArray[Any] | ClipError, int]"
+"""What came of one of several clips: its position, its values or why there are none, and how many
+damaged packets were left out."""
 
 
 def window(clip: Clip, max_seconds: float) -> tuple[float, float]:
@@ -36,7 +46,7 @@ def window(clip: Clip, max_seconds: float) -> tuple[float, float]:
 class Media:
     """An open media file; what FFmpeg finds wrong with it becomes a :class:`ClipError`.
 
-    Packets that cannot be decoded are left out and counted.
+    Packets that cannot be decoded are left out and counted. One thread decodes.
 
     Args:
         path: The file: mp4, avi, wav or mkv.
@@ -79,6 +89,7 @@ class Media:
         stream = self._container.streams.audio[0]
         if stream.codec_context is None:
             raise ClipError("sound of an unknown kind")
+        stream.codec_context.thread_count = 1
         return stream
 
     @property
@@ -95,14 +106,22 @@ class Media:
             raise ClipError("pictures of an unknown kind")
         if stream.width * stream.height > _MOST_PIXELS:
             raise ClipError(f"pictures of {stream.width} x {stream.height}, larger than 8K")
+        # Clips are decoded side by side, one to a processor: threads would only take memory.
+        stream.codec_context.thread_count = 1
+        stream.codec_context.options = dict(_DECODER_OPTIONS)
         return stream
+
+    @property
+    def shown_order(self) -> bool:
+        """Whether the file is searched by when a picture is shown, not by when it is decoded."""
+        return Flags.seek_to_pts in Flags(self._container.format.flags)
 
     def seek(self, stream: AudioStream | VideoStream, timestamp: int) -> None:
         """Go to the last place at or before a time from where the stream can be decoded.
 
         Args:
             stream: A stream of this file.
-            timestamp: A decoding time, in units of the stream's time base.
+            timestamp: In units of the stream's time base; see :attr:`shown_order`.
         """
         self._container.seek(timestamp, stream=stream)
 

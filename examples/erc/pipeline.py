@@ -244,7 +244,7 @@ class Story:
     ) -> Artifact:
         common: dict[str, JSON] = {
             "system": system.describe(),
-            "source": self._source.description,
+            "source": self._source.describe(system.modalities),
             "seed": self._seed,
             "mixed_precision": self._hardware.mixed_precision,
             "parts": self._hardware.parts,

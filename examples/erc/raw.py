@@ -3,32 +3,29 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from examples.erc import audio, text, visual
-from examples.erc.audio import (
-    AudioDataset,
-    AudioEncoder,
-    WaveformCollator,
-    decode_waveform,
-    quantise,
-)
+from examples.erc import audio, ledger, text, visual
+from examples.erc.audio import AudioDataset, AudioEncoder, WaveformCollator
+from examples.erc.cache import Cache
 from examples.erc.clips import ClipStore, decode_clips
+from examples.erc.crew import Crew, Decoding, Limits
 from examples.erc.dialogue import Clip, Corpus, Utterance
 from examples.erc.errors import InputError
+from examples.erc.ledger import LEDGER, Place, Policy
 from examples.erc.pretrained import Pretrained
 from examples.erc.recipe import Optimisation
 from examples.erc.source import JSON, MODALITIES, SPLITS, Dataset, Phase
 from examples.erc.text import Prompter, TextDataset, TextEncoder
-from examples.erc.visual import FrameFitter, VisualDataset, VisualEncoder, decode_frames
+from examples.erc.visual import FrameFitter, VisualDataset, VisualEncoder
 
 DEFAULT_ENCODERS: dict[str, str | None] = {
     "text": text.DEFAULT_ENCODER,
@@ -36,6 +33,9 @@ DEFAULT_ENCODERS: dict[str, str | None] = {
     "visual": visual.DEFAULT_ENCODER,
 }
 """The encoders of the paper."""
+
+CLIPS = "clips"
+"""The folder of the clips in a run's own folder, with their ledger."""
 
 
 class RawSource:
@@ -50,7 +50,11 @@ class RawSource:
             the main branch.
         max_text_tokens: The length of the longest prompt; older words are cut.
         max_seconds: The longest part of a clip that is decoded: its first, > 0.
-        workers: Threads that decode, >= 1; ``None``: one for each processor, at most 8.
+        crop: See only the half of a picture in which the speaker is, where two people share it.
+        bad_clips: What to do with an utterance whose clip cannot be had.
+        cache: A folder for decoded clips that runs share; ``None``: the run's own.
+        workers: Processes that decode, >= 1; ``None``: one for each processor, at most 8.
+        limits: What decoding a clip may cost.
 
     Attributes:
         feature_size: The width of every encoder's feature: the smallest hidden size among them
@@ -69,10 +73,19 @@ class RawSource:
         revisions: Mapping[str, str] | None = None,
         max_text_tokens: int = 512,
         max_seconds: float = 30.0,
+        crop: bool = False,
+        bad_clips: Policy = "mask",
+        cache: Path | None = None,
         workers: int | None = None,
+        limits: Limits | None = None,
     ) -> None:
         chosen = {modality: name for modality, name in encoders.items() if name is not None}
         _check_options(chosen, revisions or {}, max_seconds, workers)
+        if bad_clips not in get_args(Policy):
+            raise InputError(
+                f"bad_clips: expected one of {', '.join(get_args(Policy))}, got {bad_clips!r}; "
+                "mask keeps every utterance"
+            )
         self.name = corpus.name
         self.title = title
         self.labels = corpus.labels
@@ -80,8 +93,23 @@ class RawSource:
         self._corpus = corpus
         self._max_seconds = max_seconds
         self._max_text_tokens = max_text_tokens
-        self._workers = workers
-        self._clips: dict[tuple[str, str], ClipStore] = {}
+        self._crop = crop
+        self._bad_clips: Policy = bad_clips
+        self._cache = cache
+        self._workers = workers or min(os.cpu_count() or 1, 8)
+        self._limits = limits
+        self._clips: dict[Place, ClipStore] = {}
+        self._kept: dict[str, list[int]] = {
+            split: list(range(len(corpus.utterances(split)))) for split in SPLITS
+        }
+        self._rows = {
+            (modality, split): [
+                (utterance.identity, _clip(utterance, modality))
+                for utterance in corpus.utterances(split)
+            ]
+            for modality in self.modalities[1:]
+            for split in SPLITS
+        }
         self._check_clips()
         self._encoders = {
             modality: Pretrained(chosen[modality], (revisions or {}).get(modality))
@@ -97,50 +125,83 @@ class RawSource:
             },
             "max_text_tokens": max_text_tokens,
             "max_seconds": max_seconds,
+            "crop": crop,
+            "bad_clips": bad_clips,
         }
+
+    def describe(self, modalities: Sequence[str]) -> dict[str, JSON]:
+        """What stages that see these modalities depend on; after `prepare`."""
+        described: dict[str, JSON] = {
+            "kind": "raw",
+            "corpus": self.name,
+            "annotations": _digest(self._corpus, words="text" in modalities),
+            "feature_size": self.feature_size,
+            "encoders": {modality: self._encoders[modality].description for modality in modalities},
+            "clips": {
+                modality: [self._store(modality, split).digest for split in SPLITS]
+                for modality in modalities
+                if modality != "text"
+            },
+        }
+        if "text" in modalities:
+            described["max_text_tokens"] = self._max_text_tokens
+        if left_out := self._left_out():
+            described["left_out"] = left_out
+        return described
 
     def targets(self, split: str) -> Tensor:
         """The labels of a split: int64, ``[N]``."""
-        return torch.tensor([utterance.label for utterance in self._corpus.utterances(split)])
+        rows = self._corpus.utterances(split)
+        return torch.tensor([rows[row].label for row in self._kept[split]])
 
     def prepare(self, folder: Path) -> None:
         """Load every encoder once, so that a bad one is found before any work; decode the clips.
 
         Args:
-            folder: The run folder; the clips go into ``clips/<modality>/<split>``.
+            folder: The run folder; ``clips`` in it receives the ledger and, without a shared cache,
+                the clips.
 
         Raises:
-            InputError: An encoder cannot be loaded, or a split has no clip that can be decoded.
+            InputError: An encoder cannot be loaded, a split has no clip that can be decoded, or
+                there is a bad clip and there may be none.
         """
         # What the trial loads draw at random must not move the seed of the run.
         with torch.random.fork_rng(devices=[]):
             for modality in self.modalities:
                 self.encoder(modality)
-        settings = {modality: self._settings(modality) for modality in self.modalities[1:]}
-        for modality in self.modalities[1:]:
-            for split in SPLITS:
-                self._clips[modality, split] = decode_clips(
-                    [
-                        (utterance.identity, _clip(utterance, modality))
-                        for utterance in self._corpus.utterances(split)
-                    ],
-                    self._decode_audio if modality == "audio" else self._decode_visual,
-                    folder / "clips" / modality / split,
+        if not self._rows:
+            return
+        cache = Cache(self._cache or folder / CLIPS)
+        path = folder / CLIPS / LEDGER
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with Crew(self._workers, self._limits) as crew:
+            for place, rows in self._rows.items():
+                modality, split = place
+                self._clips[place] = decode_clips(
+                    rows,
+                    self._decoding(modality),
+                    cache,
+                    crew,
                     title=f"{self.title} {modality}, {split}",
-                    settings=settings[modality],
-                    workers=self._workers,
+                    label=modality,
+                    settings=self._preprocessor(modality).settings,
                 )
+                ledger.write(path, self._bad_clips, self._clips, self._rows)
+        if self._cache is None:
+            cache.keep_only([shard for store in self._clips.values() for shard in store.shards])
+        self._settle(path)
 
     def dataset(self, modality: str, split: str) -> Dataset:
         """The encoder inputs of one modality in one split; audio and visual after `prepare`."""
+        whole: Dataset
         if modality == "text":
-            return TextDataset(self._corpus.splits[split], self._prompter)
-        if (modality, split) not in self._clips:
-            raise RuntimeError(f"{modality}, {split}: call prepare first")
-        clips = self._clips[modality, split]
-        if modality == "audio":
-            return AudioDataset(clips, self._collator)
-        return VisualDataset(clips, self._fitter)
+            whole = TextDataset(self._corpus.splits[split], self._prompter)
+        elif modality == "audio":
+            whole = AudioDataset(self._store(modality, split), self._collator)
+        else:
+            whole = VisualDataset(self._store(modality, split), self._fitter)
+        kept = self._kept[split]
+        return whole if len(kept) == len(whole) else _Selection(whole, kept)
 
     def encoder(self, modality: str) -> nn.Module:
         """A fresh encoder; what it initialises at random follows torch's global seed."""
@@ -167,28 +228,108 @@ class RawSource:
     def _fitter(self) -> FrameFitter:
         return FrameFitter(self._encoders["visual"])
 
-    def _decode_audio(self, clip: Clip) -> tuple[npt.NDArray[np.int16], int]:
-        waveform, damaged = decode_waveform(clip, self._max_seconds)
-        return quantise(waveform), damaged
+    def _preprocessor(self, modality: str) -> WaveformCollator | FrameFitter:
+        return self._collator if modality == "audio" else self._fitter
 
-    def _decode_visual(self, clip: Clip) -> tuple[npt.NDArray[np.uint8], int]:
-        pictures, damaged = decode_frames(clip, self._fitter.count, self._max_seconds)
-        return self._fitter.fit(pictures), damaged
+    def _decoding(self, modality: str) -> Decoding:
+        if modality == "audio":
+            options: dict[str, JSON] = {"max_seconds": self._max_seconds}
+            return Decoding("examples.erc.sound:decode", options, lambda samples: samples)
+        options = {
+            "count": self._fitter.count,
+            "max_seconds": self._max_seconds,
+            "crop": self._crop,
+        }
+        return Decoding("examples.erc.pictures:decode", options, self._fitter.fit)
 
-    def _settings(self, modality: str) -> dict[str, JSON]:
-        preprocessor = self._collator if modality == "audio" else self._fitter
-        return {"max_seconds": self._max_seconds, **preprocessor.settings}
+    def _store(self, modality: str, split: str) -> ClipStore:
+        if (modality, split) not in self._clips:
+            raise RuntimeError(f"{modality}, {split}: call prepare first")
+        return self._clips[modality, split]
+
+    def _left_out(self) -> dict[str, JSON]:
+        """The utterances of each split that are left out, of splits that are not whole."""
+        return {
+            split: [row.identity for number, row in enumerate(rows) if number not in kept]
+            for split in SPLITS
+            if len(kept := {*self._kept[split]}) < len(rows := self._corpus.utterances(split))
+        }
+
+    def _settle(self, path: Path) -> None:
+        """Do with bad clips what there is to do.
+
+        Raises:
+            InputError: There may be none, or they leave nothing of a split.
+        """
+        lost = [(place, fault) for place, store in self._clips.items() for fault in store.lost]
+        for (modality, split), store in self._clips.items():
+            if len(store.lost) == len(store):
+                fault = store.lost[0]
+                raise InputError(
+                    f"{self.title} {modality}, {split}: expected clips that can be decoded, got "
+                    f"none in {len(store)} ({fault.utterance}: {fault.reason}); check the folder "
+                    f"of the corpus, and see {path}"
+                )
+        if lost and self._bad_clips == "fail":
+            (modality, split), fault = lost[0]
+            raise InputError(
+                f"{self.title}: expected clips that can all be decoded, got {len(lost)} that "
+                f"cannot ({modality}, {split}, {fault.utterance}: {fault.reason}); mend them, or "
+                f"mask or skip them; {path} lists all"
+            )
+        if lost:
+            done = {"mask": "masked", "skip": "skipped"}[self._bad_clips]
+            print(
+                f"{self.title}: {len(lost)} clips cannot be had, and are {done}; {path} lists them",
+                file=sys.stderr,
+                flush=True,
+            )
+        if self._bad_clips == "skip":
+            for split in SPLITS:
+                gone = {fault.row for place, fault in lost if place[1] == split}
+                rows = range(len(self._corpus.utterances(split)))
+                self._kept[split] = [row for row in rows if row not in gone]
+                if not self._kept[split]:
+                    raise InputError(
+                        f"{self.title}, {split}: expected utterances with all their clips, got "
+                        f"none in {len(rows)}; mask bad clips instead, or use fewer modalities"
+                    )
 
     def _check_clips(self) -> None:
-        for modality in self.modalities[1:]:
-            for split in SPLITS:
-                rows = self._corpus.utterances(split)
-                if not any(_clip(utterance, modality) for utterance in rows):
-                    raise InputError(
-                        f"{self.title} {modality}, {split}: expected clips in the folder of the "
-                        f"corpus, got none for {len(rows)} utterances such as {rows[0].identity}; "
-                        f"unpack the corpus, or leave {modality} out"
-                    )
+        for (modality, split), rows in self._rows.items():
+            missing = [identity for identity, clip in rows if clip is None]
+            if len(missing) == len(rows) or (missing and self._bad_clips == "fail"):
+                none = "none" if len(missing) == len(rows) else f"no file for {len(missing)}"
+                raise InputError(
+                    f"{self.title} {modality}, {split}: expected clips in the folder of the "
+                    f"corpus, got {none} for {len(rows)} utterances such as {missing[0]}; "
+                    f"unpack the corpus, or leave {modality} out"
+                )
+            if (
+                self._crop
+                and modality == "visual"
+                and not any(clip and clip.side for _, clip in rows)
+            ):
+                raise InputError(
+                    f"{self.title} visual, {split}: expected films that two speakers share, to see "
+                    "the half of each, got none; leave the pictures whole"
+                )
+
+
+class _Selection:
+    """Some rows of a dataset."""
+
+    def __init__(self, whole: Dataset, kept: Sequence[int]) -> None:
+        self._whole = whole
+        self._kept = kept
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self._kept)
+
+    def __getitem__(self, rows: list[int]) -> dict[str, Tensor]:
+        """Collate these rows, in this order."""
+        return self._whole[[self._kept[row] for row in rows]]
 
 
 def _clip(utterance: Utterance, modality: str) -> Clip | None:
@@ -215,28 +356,11 @@ def _check_options(
         raise InputError(f"workers: expected at least 1, got {workers}; leave it out for a default")
 
 
-def _digest(corpus: Corpus) -> str:
-    """The SHA-256 of everything that was read: annotations, windows, and sizes of the clips."""
-    sizes: dict[Path, int] = {}
-
-    def describe(clip: Clip | None) -> list[Any] | None:
-        if clip is None:
-            return None
-        if clip.path not in sizes:
-            sizes[clip.path] = clip.path.stat().st_size
-        return [clip.path.name, sizes[clip.path], clip.start, clip.end]
-
+def _digest(corpus: Corpus, *, words: bool = True) -> str:
+    """The SHA-256 of the annotations: labels and, if asked for, who says what."""
     rows = [
-        [
-            split,
-            dialogue.identity,
-            row.identity,
-            row.text,
-            row.speaker,
-            row.label,
-            describe(row.audio),
-            describe(row.visual),
-        ]
+        [split, dialogue.identity, row.identity, row.label]
+        + ([row.text, row.speaker] if words else [])
         for split in SPLITS
         for dialogue in corpus.splits[split]
         for row in dialogue.utterances

@@ -55,8 +55,7 @@ class Source(Protocol):
         title: The corpus as people write it.
         labels: The C class names, in index order.
         modalities: Those present, in the order of ``MODALITIES``; text is always the first.
-        description: What the input is (kind, content digest, encoder names): part of every
-            fingerprint, so it must change when the input does.
+        description: What the input is (kind, content digest, encoder names), for the report.
     """
 
     name: str
@@ -64,6 +63,14 @@ class Source(Protocol):
     labels: tuple[str, ...]
     modalities: tuple[str, ...]
     description: dict[str, JSON]
+
+    def describe(self, modalities: Sequence[str]) -> Mapping[str, JSON]:
+        """All that the input of a stage that sees these modalities depends on; after `prepare`.
+
+        It is part of the fingerprint of the stage: it changes when that input does, and as far as
+        possible only then.
+        """
+        ...
 
     def targets(self, split: str) -> Tensor:
         """The labels of a split: int64, ``[N]``."""

@@ -1,139 +1,23 @@
-"""The picture: frames of a clip, fitted to the encoder that watches, and that encoder."""
+"""The picture: frames of a clip fitted to the encoder that watches, and that encoder."""
 
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from av import VideoFrame
-from av.video.reformatter import VideoReformatter
-from av.video.stream import VideoStream
 from PIL import Image
 from torch import Tensor, nn
 
 from examples.erc.clips import ClipStore
-from examples.erc.dialogue import Clip
 from examples.erc.errors import InputError
-from examples.erc.media import ClipError, Media, window
 from examples.erc.pretrained import Head, Pretrained, load_body
 from examples.erc.source import JSON, EncoderOutput
 
 DEFAULT_ENCODER = "facebook/timesformer-base-finetuned-k400"
 """The encoder of the paper."""
 
-_REORDERING = 1.0
-"""Seconds by which the order of decoding may differ from the order of presentation."""
-
 _GEOMETRY = ("do_resize", "size", "resample", "do_center_crop", "crop_size")
 """The settings of an image processor that say where its pixels come from."""
-
-
-class _Key(NamedTuple):
-    """A picture from which decoding can start: when it is shown, and when it is decoded."""
-
-    shown: int
-    decoded: int
-
-
-class _Index(NamedTuple):
-    """The pictures of a window, found without decoding any; in units of the time base."""
-
-    shown: list[int]
-    keys: list[_Key]
-
-
-def decode_frames(clip: Clip, count: int, max_seconds: float) -> tuple[list[Image.Image], int]:
-    """Decode evenly spaced pictures of a clip.
-
-    The window is cut into ``count`` equal parts; each gives the picture that is shown at its
-    middle. A clip of fewer pictures repeats some. What is not needed is not decoded: from one
-    picture to the next the file is read on, or, if that is nearer, from the last key frame
-    before it.
-
-    Args:
-        clip: A file with a video stream, or a part of it; as for the voice, its first
-            ``max_seconds`` count.
-        count: How many pictures, >= 1.
-        max_seconds: > 0.
-
-    Returns:
-        The pictures in order, RGB, and how many damaged packets were left out.
-
-    Raises:
-        ClipError: No picture can be decoded there.
-    """
-    start, stop = window(clip, max_seconds)
-    with Media(clip.path) as media:
-        stream = media.video
-        if stream.time_base is None:
-            raise ClipError("a video stream without a time base")
-        index = _find_pictures(media, stream, start, stop)
-        wanted = _spread(index.shown, start / stream.time_base, stop / stream.time_base, count)
-        found = _decode(media, stream, index.keys, wanted)
-        return [found[shown] for shown in wanted], media.damaged
-
-
-def _find_pictures(media: Media, stream: VideoStream, start: float, stop: float) -> _Index:
-    """List the pictures from the last key frame before a window to its end."""
-    base = stream.time_base or Fraction(1)
-    if start > _REORDERING:
-        media.seek(stream, int((start - _REORDERING) / base))
-    shown, keys = [], []
-    for packet in media.packets(stream):
-        # AVI need not say when a picture is shown; then it is shown when it is decoded.
-        decoded = packet.pts if packet.dts is None else packet.dts
-        if decoded is None:
-            continue
-        if decoded * base >= stop:
-            break
-        shown.append(decoded if packet.pts is None else packet.pts)
-        if packet.is_keyframe:
-            keys.append(_Key(shown[-1], decoded))
-    if not shown:
-        raise ClipError("no picture in the window")
-    return _Index(sorted(shown), sorted(keys) or [_Key(min(shown), min(shown))])
-
-
-def _spread(shown: Sequence[int], start: float, stop: float, count: int) -> list[int]:
-    """Choose the pictures shown at the middles of ``count`` equal parts of a window."""
-    period = (shown[-1] - shown[0]) / max(len(shown) - 1, 1)
-    begin, end = max(start, shown[0]), min(stop, shown[-1] + period)
-    if begin > end:
-        raise ClipError("no picture in the window")
-    times = [begin + (part + 0.5) * (end - begin) / count for part in range(count)]
-    return [shown[bisect_right(shown, time) - 1] for time in times]
-
-
-def _decode(
-    media: Media, stream: VideoStream, keys: Sequence[_Key], wanted: Sequence[int]
-) -> dict[int, Image.Image]:
-    """Decode the pictures that are shown at the wanted times.
-
-    In the place of a damaged one comes the next, or at the end of the file the last.
-    """
-    found = {}
-    pictures: Iterator[VideoFrame] = iter(())
-    current, at = None, None
-    # One converter for all: a picture that converts itself sets up a new one, with its threads.
-    converter = VideoReformatter()
-    for shown in sorted(set(wanted)):
-        key = keys[max(bisect_right(keys, shown, key=lambda key: key.shown) - 1, 0)]
-        if at is None or key.shown > at:
-            media.seek(stream, key.decoded)
-            pictures = media.pictures(stream)
-        while at is None or at < shown:
-            following = next(pictures, None)
-            if following is None:
-                break
-            if following.pts is not None:
-                current, at = following, following.pts
-        if current is None:
-            raise ClipError("no picture that can be decoded")
-        found[shown] = Image.fromarray(converter.reformat(current, format="rgb24").to_ndarray())
-    return found
 
 
 class FrameFitter:
@@ -161,7 +45,7 @@ class FrameFitter:
         self.count = count
         self.size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self._processor: Any = encoder.load("AutoImageProcessor", backend="pil")
-        got = self.fit([Image.new("RGB", (2 * self.size[1], 3 * self.size[0]))]).shape[-2:]
+        got = self.fit(np.zeros((1, 3 * self.size[0], 2 * self.size[1], 3), np.uint8)).shape[-2:]
         if got != self.size:
             raise InputError(
                 f"{encoder.name}: expected an image processor that makes pictures of {self.size}, "
@@ -177,17 +61,20 @@ class FrameFitter:
             **{name: processor[name] for name in _GEOMETRY},
         }
 
-    def fit(self, pictures: Sequence[Image.Image]) -> npt.NDArray[np.uint8]:
+    def fit(self, pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Resize and crop pictures.
 
         Args:
-            pictures: F pictures, RGB, of any size.
+            pictures: ``[F, H', W', 3]``, RGB, of any size.
 
         Returns:
             ``[F, 3, H, W]``.
         """
         batch = self._processor.preprocess(
-            [list(pictures)], do_rescale=False, do_normalize=False, return_tensors="np"
+            [[Image.fromarray(picture) for picture in pictures]],
+            do_rescale=False,
+            do_normalize=False,
+            return_tensors="np",
         )
         fitted: npt.NDArray[np.uint8] = batch["pixel_values"][0].astype(np.uint8)
         return fitted

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from examples.erc.dialogue import Clip, Corpus, Dialogue, Utterance, number_speakers
 from examples.erc.errors import InputError
@@ -102,6 +103,22 @@ def arrange(root: Path, turns: Mapping[str, Sequence[Turn]]) -> Corpus:
     return Corpus("iemocap", LABELS, splits)
 
 
+def find_side(identity: str) -> Literal["left", "right"]:
+    """Tell where in the film of a dialogue the speaker of an utterance is seen.
+
+    A film shows both people side by side, who wears the markers on the left. The letter in the
+    dialogue's name is that of the person with the markers, the one at the end that of the speaker.
+
+    Args:
+        identity: Of the utterance, such as Ses01F_impro01_M000.
+
+    Returns:
+        The half of the picture: here ``"right"``, as the woman of session 1 wears the markers.
+    """
+    dialogue, _, turn = identity.rpartition("_")
+    return "left" if dialogue[len("Ses01")] == turn[0] else "right"
+
+
 def find_film(root: Path, session: int, dialogue: str) -> Path | None:
     """The film of a dialogue; ``None`` if it is not there.
 
@@ -176,5 +193,5 @@ def _arrange_turn(root: Path, turn: Turn, speaker: int, film: Path | None) -> Ut
         speaker=speaker,
         label=LABELS.index(turn.label),
         audio=Clip(wav) if wav.is_file() else None,
-        visual=Clip(film, turn.start, turn.end) if film else None,
+        visual=Clip(film, turn.start, turn.end, find_side(turn.identity)) if film else None,
     )

@@ -38,7 +38,7 @@ def write_wav() -> Callable[..., Path]:
 def write_film() -> Callable[..., Path]:
     def write(
         path: Path,
-        colours: Sequence[Colour],
+        colours: Sequence[Colour | Sequence[Colour]],
         *,
         codec: str = "libx264",
         key_every: int = 250,
@@ -46,7 +46,10 @@ def write_film() -> Callable[..., Path]:
         sound: NDArray[np.floating] | None = None,
         sound_rate: int = 48_000,
     ) -> Path:
-        """Write a picture of each colour, 25 a second; sound: [channels, n] at 48 kHz."""
+        """Write a picture of each colour or of several side by side, 25 a second.
+
+        The sound is ``[channels, n]``, at 48 kHz.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         with av.open(str(path), "w") as container:
             options = (
@@ -62,7 +65,9 @@ def write_film() -> Callable[..., Path]:
                 voice = container.add_stream("aac", rate=sound_rate, layout=layout)
                 voice.codec_context.bit_rate = 192_000
             for colour in colours:
-                picture = np.full((HEIGHT, WIDTH, 3), colour, np.uint8)
+                parts = np.atleast_2d(np.asarray(colour, np.uint8))
+                line = parts.repeat(WIDTH // len(parts), axis=0)
+                picture = np.ascontiguousarray(np.broadcast_to(line, (HEIGHT, WIDTH, 3)))
                 frame = av.VideoFrame.from_ndarray(picture, "rgb24")
                 container.mux(stream.encode(frame))
             container.mux(stream.encode(None))

@@ -71,6 +71,9 @@ def test_the_names_of_modalities_agree() -> None:
         (["--synthetic", "--modalities", "text,smell"], "--modalities: expected some of text"),
         (["--features", "a", "--text-encoder", "b"], "--text-encoder: expected only with --raw"),
         (["--synthetic", "--visual-encoder", "b"], "got it with --synthetic"),
+        (["--synthetic", "--bad-clips", "skip"], "--bad-clips: expected only with --raw, got it"),
+        (["--features", "a", "--cache", "b"], "--cache: expected only with --raw"),
+        (["--synthetic", "--crop"], "--crop: expected only with --raw"),
         (["--features", "/nowhere"], "/nowhere/meta.json: expected a file that can be read"),
         (["--raw", "/nowhere"], "/nowhere"),
     ],
@@ -93,6 +96,7 @@ def test_mistakes_are_one_line_and_status_2(words: list[str], message: str) -> N
         ["--batch-size", "2"],
         ["--device", "abacus"],
         ["--mixed-precision", "fp8"],
+        ["--bad-clips", "hide"],
         ["--patience", "-1"],
         ["--class-balance", "1.5"],
         ["--focal", "-1"],
@@ -157,6 +161,31 @@ def test_options_reach_the_recipe(write_features: Write, monkeypatch: pytest.Mon
     own = [source.optimisation(phase) for phase in ("teacher", "student", "fusion")]
     assert phases[1] == own
     assert calls[1][3] == Path("runs/meld-features")
+
+
+def test_options_about_clips_reach_the_source(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from examples.erc import raw
+    from examples.meld import corpus
+
+    made: list[dict[str, Any]] = []
+
+    def make(*arguments: Any, **options: Any) -> None:
+        made.append(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(corpus, "read", lambda root: None)
+    monkeypatch.setattr(raw, "RawSource", make)
+    words = ["--raw", tmp_path, "--bad-clips", "fail", "--cache", tmp_path / "cache", "--crop"]
+    assert call(*words).exit_code == 130
+    assert call("--raw", tmp_path).exit_code == 130
+
+    chosen = [{name: options[name] for name in ("bad_clips", "cache", "crop")} for options in made]
+    assert chosen == [
+        {"bad_clips": "fail", "cache": tmp_path / "cache", "crop": True},
+        {"bad_clips": "mask", "cache": None, "crop": False},
+    ]
 
 
 def test_options_against_imbalance_and_for_the_loop_arrive(

@@ -1,144 +1,14 @@
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from examples.erc.dialogue import Clip
 from examples.erc.errors import InputError
-from examples.erc.media import ClipError
 from examples.erc.pretrained import Pretrained
-from examples.erc.visual import FrameFitter, VisualEncoder, decode_frames
+from examples.erc.visual import FrameFitter, VisualEncoder
 
-RED, GREEN, BLUE = (220, 30, 30), (30, 220, 30), (30, 30, 220)
-
-FILMS = {
-    "one group of pictures": ("film.mp4", {"codec": "libx264", "key_every": 250}),
-    "many groups of pictures": ("film.mp4", {"codec": "libx264", "key_every": 10}),
-    "avi": ("film.avi", {"codec": "mpeg4", "key_every": 12, "b_frames": 0}),
-    "matroska": ("film.mkv", {"codec": "libx264", "key_every": 25}),
-}
-
-
-def shade(number: int) -> tuple[int, int, int]:
-    """A colour for each of 125 pictures, told apart after lossy coding."""
-    return (20 + 50 * (number % 5), 20 + 50 * (number // 5 % 5), 20 + 50 * (number // 25))
-
-
-def recognise(pictures: Sequence[Image.Image], count: int) -> list[int]:
-    """The numbers of pictures made by `shade`."""
-    known = np.array([shade(number) for number in range(count)])
-    means = [np.asarray(picture).reshape(-1, 3).mean(axis=0) for picture in pictures]
-    return [int(np.abs(known - mean).sum(axis=1).argmin()) for mean in means]
-
-
-@pytest.fixture(scope="module", params=list(FILMS))
-def film(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
-    write_film: Callable[..., Path],
-) -> Path:
-    """Five seconds at 25 pictures a second."""
-    name, options = FILMS[request.param]
-    folder = tmp_path_factory.mktemp("films")
-    return write_film(folder / name, [shade(number) for number in range(125)], **options)
-
-
-@pytest.mark.parametrize(
-    ("start", "end", "numbers"),
-    [
-        (None, None, [7, 23, 39, 54, 70, 85, 101, 117]),
-        (2.0, 4.0, [53, 59, 65, 71, 78, 84, 90, 96]),
-        (0.0, 0.5, [0, 2, 3, 5, 7, 8, 10, 11]),
-        (4.5, 9.0, [113, 114, 116, 117, 119, 121, 122, 124]),
-        (1.001, 1.01, [25] * 8),
-    ],
-)
-def test_pictures_are_those_shown_at_the_middles_of_equal_parts(
-    film: Path, start: float | None, end: float | None, numbers: list[int]
-) -> None:
-    pictures, damaged = decode_frames(Clip(film, start, end), 8, 30)
-
-    assert recognise(pictures, 125) == numbers
-    assert damaged == 0
-
-
-def test_only_the_first_part_of_a_long_clip_counts(film: Path) -> None:
-    pictures, _ = decode_frames(Clip(film), 4, 2.0)
-    part, _ = decode_frames(Clip(film, 1.0, 5.0), 4, 2.0)
-
-    assert recognise(pictures, 125) == [6, 18, 31, 43]
-    assert recognise(part, 125) == [31, 43, 56, 68]
-
-
-def test_a_window_beyond_the_end_is_broken(film: Path) -> None:
-    with pytest.raises(ClipError, match="no picture in the window"):
-        decode_frames(Clip(film, 7.0, 8.0), 8, 30)
-
-
-def test_colours_are_red_green_blue(tmp_path: Path, write_film: Callable[..., Path]) -> None:
-    path = write_film(tmp_path / "film.mp4", [RED] * 10 + [GREEN] * 10 + [BLUE] * 10)
-
-    pictures, _ = decode_frames(Clip(path), 3, 30)
-
-    means = [np.asarray(picture).reshape(-1, 3).mean(axis=0) for picture in pictures]
-    np.testing.assert_allclose(means, [RED, GREEN, BLUE], atol=25)
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_a_clip_of_few_pictures_repeats_them(
-    tmp_path: Path, write_film: Callable[..., Path], count: int
-) -> None:
-    path = write_film(tmp_path / "film.mp4", [shade(number) for number in range(count)])
-
-    pictures, _ = decode_frames(Clip(path), 8, 30)
-
-    numbers = recognise(pictures, count)
-    assert len(numbers) == 8
-    assert numbers == sorted(numbers)
-    assert set(numbers) == set(range(count))
-
-
-def test_damage_costs_the_damaged_pictures_alone(
-    tmp_path: Path, write_film: Callable[..., Path]
-) -> None:
-    path = write_film(
-        tmp_path / "film.avi", [RED] * 40 + [GREEN] * 40, codec="mpeg4", key_every=1, b_frames=0
-    )
-    data = bytearray(path.read_bytes())
-    first = data.index(b"00dc", data.index(b"movi"))
-    data[first + 8 : first + 40] = bytes(32)
-    path.write_bytes(data)
-
-    pictures, _ = decode_frames(Clip(path), 2, 30)
-
-    means = [np.asarray(picture).reshape(-1, 3).mean(axis=0) for picture in pictures]
-    np.testing.assert_allclose(means, [RED, GREEN], atol=25)
-
-
-def test_a_truncated_film_is_broken_or_short_but_never_a_crash(
-    tmp_path: Path, write_film: Callable[..., Path]
-) -> None:
-    whole = write_film(tmp_path / "film.avi", [RED] * 50, codec="mpeg4").read_bytes()
-    path = tmp_path / "cut.avi"
-    counts = []
-    for part in range(20):
-        path.write_bytes(whole[: len(whole) * part // 20])
-        try:
-            counts.append(len(decode_frames(Clip(path), 8, 30)[0]))
-        except ClipError:
-            counts.append(0)
-
-    assert set(counts) == {0, 8}
-
-
-def test_a_file_without_pictures_is_broken(tmp_path: Path, write_wav: Callable[..., Path]) -> None:
-    path = write_wav(tmp_path / "voice.wav", np.zeros(1600))
-
-    with pytest.raises(ClipError, match="no video stream"):
-        decode_frames(Clip(path), 8, 30)
+RED = (220, 30, 30)
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +27,7 @@ def test_pictures_become_what_the_image_processor_makes_of_them(
     from transformers import VideoMAEImageProcessorPil
 
     random = np.random.default_rng(0)
-    pictures = [
-        Image.fromarray(random.integers(0, 256, (48, 64, 3), dtype=np.uint8)) for _ in range(4)
-    ]
+    pictures = random.integers(0, 256, (4, 48, 64, 3), dtype=np.uint8)
     processor = VideoMAEImageProcessorPil.from_pretrained(encoder.name)
 
     fitted = fitter.fit(pictures)
@@ -167,12 +35,12 @@ def test_pictures_become_what_the_image_processor_makes_of_them(
 
     assert fitted.shape == (4, 3, 32, 32)
     assert fitted.dtype == np.uint8
-    expected = processor([pictures], return_tensors="pt")["pixel_values"][0]
+    expected = processor([list(pictures)], return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(values, expected)
 
 
 def test_fitting_keeps_the_order_of_the_colours(fitter: FrameFitter) -> None:
-    fitted = fitter.fit([Image.new("RGB", (64, 48), RED)] * 4)
+    fitted = fitter.fit(np.full((4, 48, 64, 3), RED, np.uint8))
 
     assert fitted.reshape(4, 3, -1).mean(axis=2).tolist() == [list(RED)] * 4
 

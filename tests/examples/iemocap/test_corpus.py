@@ -8,7 +8,7 @@ import pytest
 
 from examples.erc.dialogue import Clip
 from examples.erc.errors import InputError
-from examples.iemocap.corpus import LABELS, SPLITS, read
+from examples.iemocap.corpus import LABELS, SPLITS, find_side, read
 
 HEADER = (
     "Utterance", "Speaker", "Dialogue_ID", "Start_Time", "End_Time", "Wav_Path", "Video_Path",
@@ -79,6 +79,20 @@ def test_utterances_come_in_the_order_in_which_they_begin(root: Path) -> None:
     assert [utterance.speaker for utterance in dialogue.utterances] == [0, 1, 0]
 
 
+@pytest.mark.parametrize(
+    ("identity", "side"),
+    [
+        ("Ses01F_impro01_F000", "left"),
+        ("Ses01F_impro01_M000", "right"),
+        ("Ses05M_script03_2_M001", "left"),
+        ("Ses05M_script03_2_F001", "right"),
+        ("Ses01F_script01_1b_MXX0", "right"),
+    ],
+)
+def test_who_wears_the_markers_is_seen_on_the_left(identity: str, side: str) -> None:
+    assert find_side(identity) == side
+
+
 @pytest.mark.parametrize("spelling", ["DivX", "Divx"])
 def test_media_are_found_by_the_ids(root: Path, spelling: str) -> None:
     identity = "Ses05M_script03_2_F001"
@@ -92,7 +106,7 @@ def test_media_are_found_by_the_ids(root: Path, spelling: str) -> None:
     (utterance,) = read(root).utterances("test")
 
     assert utterance.audio == Clip(wav.resolve())
-    assert utterance.visual == Clip(avi.resolve(), 13.13, 15.52)
+    assert utterance.visual == Clip(avi.resolve(), 13.13, 15.52, "right")
 
 
 def test_media_that_are_not_there_are_none(root: Path) -> None:
