@@ -4,7 +4,7 @@ from typing import Any
 import torch
 
 from examples.erc import processes
-from tests.helpers.processes import run
+from tests.helpers.processes import crew
 
 
 def talk(rank: int, folder: Path) -> dict[str, Any]:
@@ -29,7 +29,8 @@ def talk(rank: int, folder: Path) -> dict[str, Any]:
 
 
 def test_two_processes_agree(tmp_path: Path) -> None:
-    first, second = run(2, tmp_path, talk, tmp_path)
+    with crew(2, tmp_path) as both_processes:
+        first, second = both_processes(talk, tmp_path)
     assert (first["count"], first["index"], first["first"]) == (2, 0, True)
     assert (second["count"], second["index"], second["first"]) == (2, 1, False)
     assert (first["found"], second["found"]) == (False, True)
