@@ -1,8 +1,9 @@
 """DIST on a GPU: forward and backward passes as Triton kernels.
 
 For a row i, p = softmax(z_i / tau) and q likewise of the teacher; the mean of either is exactly
-1 / C. For a column c, u and v are p and q in units of the column's largest (``eps=None``) or p and
-q themselves. With rho a correlation of the centred vectors, in either direction,
+1 / C. For a column c, u and v are p and q in units of a power of two that the column's largest is
+near (``eps=None``) or p and q themselves. With rho a correlation of the centred vectors, in either
+direction,
 
     d rho / du = both (v - mean v) + own (u - mean u) + shared
 
@@ -14,36 +15,58 @@ with ``both``, ``own`` and ``shared`` one number per row or column, so that
 
 The teacher's gradient swaps the roles. Everything is float32, exponents are to base 2.
 
-======  ========================  ======================================  ======================
-plan    serves                    launches, forward + backward            bytes, forward; backward
-======  ========================  ======================================  ======================
-small   one of ``_SMALL_TILES``   1 + 1; the gradient is made in forward  2 N s + 4 N; 4 N + N s
-medium  C <= 2048                 3 + 1; rows are read once               2 N s; 3 N s
-large   any C                     4 + 1; row statistics, then columns     4 N s; 3 N s or 5 N s
-======  ========================  ======================================  ======================
+======  ===================================  =============================  ====================
+plan    serves                               launches, forward + backward   bytes, both
+======  ===================================  =============================  ====================
+small   C <= 2048 and 16,384 elements, with  1 + 1; the gradient is made    2 N s or 4 N s, 4 N;
+        C rounded up as in ``_TURN_TILES``   in forward                     4 N + N s
+medium  C <= 2048; C <= 4096 if rows are     3 + 1; forward reads rows      2 N s; 3 N s
+        ``WIDE`` and many                    once
+large   any C                                4 + 1, or 4 + 2 per chunk of   4 N s; 3 N s
+                                             rows that fits the cache
+======  ===================================  =============================  ====================
 
-N = B C elements of s bytes. The gradient pass of the last two reads its rows twice: first for
-sum_c g, then for dz. The second read comes from the L2 cache (3 N s) if the rows in flight fit in
-it; where they cannot, as with 128k classes, it costs memory traffic again (5 N s). A program works
-on eight rows or more, not on one, because each row needs all seven coefficients of every column.
-The medium plan adds 32 C bytes per program, the large one 32 C per split of the rows, both twice.
+N = B C elements of s bytes. Up to 2,048 elements the small plan keeps them all in registers, above
+it reads them a second time. Without the intra-class term every plan reads rows once per pass, two
+launches less in forward.
 
-Sums merge in an order fixed by shapes and device: same input, same bits. There are no atomics.
+The gradient reads its rows twice: for sum_c g, of which the inter-class part is known from the
+forward pass, then for dz. The second read comes from the L2 cache, of which half is counted on:
+
+- all of the batch fits, or the rows that one program per processor has in flight: one launch;
+- a chunk of 8 rows or more fits (on 40 MB all C up to 262k): for each chunk, one launch for sum_c g
+  and one for dz, with all processors at it. Each program then reads coefficients of its columns, 28
+  bytes each, once per 8 to 32 rows; one with few whole rows would read all, again and again;
+- the cache is too small for either (less than 32 MB): one launch, and 5 N s instead of 3 N s.
+
+Beside that, the medium plan moves 32 C bytes per program and the large one 32 C per split of the
+rows, both twice; chunks 4 bytes per row and 512 classes, from the cache.
+
+Sums merge in an order fixed by shapes and device: same input, same bits. There are no atomics, and
+nothing waits for the device, so that everything can be captured into a CUDA graph.
+
+Logits are read as they lie if a row's classes are next to each other, else from a copy. Every
+kernel is compiled once for all sizes and strides (``_kernel``), and with wide loads if all rows
+begin and end at multiples of eight classes.
 
 Tile sizes and warps follow from arithmetic and from register counts of compiled kernels (none
 spills on sm_80 and sm_90); the limits between the plans were not measured on a GPU.
+``launch.fastest`` can measure them on the user's.
 """
 
+import inspect
 import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from telme_kd.kernels.triton.launch import INTERPRETED, Shipped, device_of
+from telme_kd.kernels.triton.launch import INTERPRETED, Shipped, Tile, device_of, fastest
 from telme_kd.reference.dist import CONSTANT_GRADIENT_LIKE, RELATIVE_FLOOR
 
 _FLOOR = tl.constexpr(RELATIVE_FLOOR**2)
@@ -62,31 +85,86 @@ of the student (5, 6) and of the teacher (7, 8); 1 / n in the first entry of 9."
 
 _MOMENTS = 8
 
-# (items, classes) that a program holds in registers, with its warps: first fit, smallest first.
 _SMALL_TILES = (
-    (16, 8, 1),
-    (64, 8, 2),
-    (16, 32, 2),
-    (256, 8, 8),
-    (64, 32, 8),
-    (16, 128, 8),
-    (4, 512, 8),
+    Tile(16, 8, 1),
+    Tile(64, 8, 2),
+    Tile(16, 32, 2),
+    Tile(256, 8, 8),
+    Tile(64, 32, 8),
+    Tile(16, 128, 8),
+    Tile(4, 512, 8),
 )
-_STREAM_TILES = ((256, 16, 8), (64, 64, 8), (16, 256, 8), (4, 1024, 8), (2, 2048, 8))
-_GRADIENT_TILES = ((64, 16, 8), (16, 64, 8), (8, 128, 8))
-_MEDIUM_CLASSES = _STREAM_TILES[-1][1]
+"""Whole batches that a program holds in registers: first fit, smallest first."""
+
+_SMALL_ELEMENTS = 16384
+"""With the padding; what one program reads twice before four launches would have begun."""
+
+_TURN_TILES = (
+    Tile(256, 8, 8),
+    Tile(32, 32, 8),
+    Tile(8, 128, 8),
+    Tile(4, 512, 8),
+    Tile(1, 2048, 8),
+)
+_STREAM_TILES = (
+    Tile(128, 16, 8),
+    Tile(32, 64, 8),
+    Tile(8, 256, 8),
+    Tile(4, 1024, 8),
+    Tile(2, 2048, 8),
+)
+_WIDE_STREAM_TILE = Tile(1, 4096, 8)
+"""Whole rows. Seven numbers per column stay in registers: at 4096 classes they take half of those
+of a processor, at 8192 they would leave none. Narrow loads of 4096 classes do not fit beside."""
+
+_MOMENT_TILES = (Tile(16, 128, 8), Tile(32, 64, 8))
+_GRADIENT_TILES = (Tile(64, 16, 8), Tile(16, 64, 8), Tile(8, 128, 8))
+_CHUNK_TILES = (Tile(32, 32, 8), Tile(16, 64, 8), Tile(8, 128, 8))
+_SPAN = 512
+"""Classes whose share of sum_c g one program adds up: few enough to employ all processors, enough
+for the shares to be few."""
+
+_PARTS = 32
+_LEAST_CHUNK_BYTES = 16 << 20
+_FARTHEST = 2**22
+"""Elements from row to row, so that 32 bits count those of a tile."""
+
+_WIDE = 8
+"""Classes in 16 bytes of half precision."""
+
 _MAX_REGISTERS = 255
-"""For the two kernels that keep column moments: left alone, ptxas spills a few bytes of some of
-their variants to fit one more program on a processor."""
+"""For the kernels that make column moments: left alone, ptxas spills a few bytes of some of their
+variants to fit one more program on a processor."""
 
 _ROW_BLOCK = 4096
 _ROW_WARPS = 8
-_MOMENT_TILE = (16, 128)
-_MOMENT_WARPS = 4
 _MERGE_TILE = (32, 32)
 _MERGE_WARPS = 8
 _SUM_BLOCK = 1024
 _SCALE_BLOCK = 1024
+
+
+_ALIGNED = frozenset(
+    (
+        "student",
+        "teacher",
+        "student_gradient",
+        "teacher_gradient",
+        "gradients",
+        "columns",
+        "partials",
+    )
+)
+"""Addresses that are multiples of 16 bytes. For the logits it matters only if rows are ``WIDE``."""
+
+
+def _kernel(function: Any) -> Any:
+    """Compile one kernel for all sizes and strides, so that a list of them all can be complete."""
+    parameters = inspect.signature(function).parameters.values()
+    runtime = [each.name for each in parameters if each.annotation is not tl.constexpr]
+    return triton.jit(
+        function, do_not_specialize=[name for name in runtime if name not in _ALIGNED]
+    )
 
 
 # --- arithmetic that the kernels share ------------------------------------------------------------
@@ -131,19 +209,28 @@ def _correlation(uu, vv, uv, uncentred_u, uncentred_v, eps, RELEASED: tl.constex
 
 
 @triton.jit
-def _kept(mask, mask_stride, items, present):
+def _sizes(C, student_row_stride, teacher_row_stride, WIDE: tl.constexpr):
+    """The same, as known multiples of WIDE: then the compiler makes loads of 16 bytes."""
+    return (
+        C // WIDE * WIDE, student_row_stride // WIDE * WIDE, teacher_row_stride // WIDE * WIDE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _kept(mask, items, present):
     """Which items are there and not masked."""
     if mask is not None:
-        present &= tl.load(mask + items.to(tl.int64) * mask_stride, mask=present, other=0) != 0
+        present &= tl.load(mask + items, mask=present, other=0) != 0
     return present
 
 
 @triton.jit
-def _load(logits, row_stride, column_stride, items, classes, kept, inside):
+def _load(logits, row_stride, first, classes, kept, inside):
     """A tile of logits in float32: -inf outside the classes, 0 in rows that do not count."""
-    offsets = items.to(tl.int64)[:, None] * row_stride
-    offsets += classes.to(tl.int64)[None, :] * column_stride
+    # Within a tile, 32 bits suffice; they take half the registers.
+    offsets = tl.arange(0, kept.shape[0])[:, None] * row_stride + classes[None, :]
     read = kept[:, None] & inside[None, :]
+    logits += tl.cast(first, tl.int64) * row_stride
     values = tl.load(logits + offsets, mask=read, other=-float("inf")).to(tl.float32)
     return tl.where(kept[:, None], values, 0.0)
 
@@ -190,15 +277,27 @@ def _softmax(logits, exponent_scale):
     exponents = (logits - largest[:, None]) * exponent_scale
     exponentials = tl.exp2(exponents)
     total = tl.sum(exponentials, axis=1)
-    return largest, exponents, exponentials / total[:, None], total
+    return largest, exponents, exponentials * (1.0 / total)[:, None], total
 
 
 @triton.jit
-def _in_units(logarithms, kept):
+def _in_units(exponents, total, kept):
     """A tile's columns u, zero in rows that do not count, and the logarithms of their units."""
-    logarithms = tl.where(kept[:, None], logarithms, -float("inf"))
-    unit = tl.max(logarithms, axis=0)
-    return tl.exp2(logarithms - _finite(unit)[None, :]), unit
+    exponents = tl.where(kept[:, None], exponents, -float("inf"))
+    unit = tl.ceil(tl.max(exponents - tl.log2(total)[:, None], axis=0))
+    # Not from the logarithms: one rounding of log2(total) would be the same in all of a row.
+    return tl.exp2(exponents - _finite(unit)[None, :]) * (1.0 / total)[:, None], unit
+
+
+@triton.jit
+def _columns(exponents, probabilities, total, kept, RELEASED: tl.constexpr):
+    """A tile's columns and their units, by either definition of correlation."""
+    if RELEASED:
+        u = tl.where(kept[:, None], probabilities, 0.0)
+        unit = tl.zeros((probabilities.shape[1],), tl.float32)
+    else:
+        u, unit = _in_units(exponents, total, kept)
+    return u, unit
 
 
 @triton.jit
@@ -215,16 +314,22 @@ def _tile_moments(u, v, kept):
 
 
 @triton.jit
-def _parts(
-    logits, largest, total, log_total, unit, exponent_scale,
-    INTRA: tl.constexpr, RELEASED: tl.constexpr,
-):  # fmt: skip
-    """Probabilities p of a tile, and u, in units of its columns."""
-    exponents = (logits - largest[:, None]) * exponent_scale
-    p = tl.exp2(exponents) / total[:, None]
-    u = p
+def _row_sums(p, q, inside, uniform):
+    """Centred sums pp, qq and pq of the rows of a tile that holds whole rows."""
+    a = tl.where(inside[None, :], p - uniform, 0.0)
+    b = tl.where(inside[None, :], q - uniform, 0.0)
+    return tl.sum(a * a, axis=1), tl.sum(b * b, axis=1), tl.sum(a * b, axis=1)
+
+
+@triton.jit
+def _parts(exponents, share, unit, INTRA: tl.constexpr, RELEASED: tl.constexpr):
+    """Probabilities p of a tile, and u, in units of its columns; ``share`` is one over the sum."""
     if INTRA and not RELEASED:
-        u = tl.exp2(exponents - log_total[:, None] - unit[None, :])
+        u = tl.exp2(exponents - unit[None, :]) * share[:, None]
+        p = u * tl.exp2(unit)[None, :]  # exact: units are powers of two
+    else:
+        p = tl.exp2(exponents) * share[:, None]
+        u = p
     return p, u
 
 
@@ -258,12 +363,10 @@ def _store_moments(moments, stride, classes, inside, unit_s, unit_t, mean_s, mea
 # --- small: one launch ----------------------------------------------------------------------------
 
 
-# Wide loads save nothing here; one compiled kernel serves every number of items and classes.
-@triton.jit(do_not_specialize=["B", "C", "student_row_stride", "teacher_row_stride"])
+@_kernel
 def _small(
     student, teacher, mask, loss, gradients, B, C,
-    student_row_stride, student_column_stride, teacher_row_stride, teacher_column_stride,
-    mask_stride, exponent_scale, temperature, inter, intra, eps,
+    student_row_stride, teacher_row_stride, exponent_scale, temperature, inter, intra, eps,
     INTER: tl.constexpr, INTRA: tl.constexpr, RELEASED: tl.constexpr,
     STUDENT: tl.constexpr, TEACHER: tl.constexpr, ITEMS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
@@ -274,11 +377,12 @@ def _small(
     """
     items, classes = tl.arange(0, ITEMS), tl.arange(0, CLASSES)
     inside = classes < C
-    kept = _kept(mask, mask_stride, items, items < B)
+    kept = _kept(mask, items, items < B)
     count = tl.maximum(tl.sum(kept.to(tl.float32), axis=0), 1.0)
     uniform = 1.0 / C
-    z_s = _load(student, student_row_stride, student_column_stride, items, classes, kept, inside)
-    z_t = _load(teacher, teacher_row_stride, teacher_column_stride, items, classes, kept, inside)
+    first = tl.program_id(0)
+    z_s = _load(student, student_row_stride, first, classes, kept, inside)
+    z_t = _load(teacher, teacher_row_stride, first, classes, kept, inside)
     _, log_p, p, total_s = _softmax(z_s, exponent_scale)
     _, log_q, q, total_t = _softmax(z_t, exponent_scale)
 
@@ -286,9 +390,7 @@ def _small(
     row_both = tl.zeros((ITEMS,), tl.float32)
     row_own_s, row_own_t = row_both, row_both
     if INTER:
-        a = tl.where(inside[None, :], p - uniform, 0.0)
-        b = tl.where(inside[None, :], q - uniform, 0.0)
-        pp, qq, pq = tl.sum(a * a, axis=1), tl.sum(b * b, axis=1), tl.sum(a * b, axis=1)
+        pp, qq, pq = _row_sums(p, q, inside, uniform)
         rho, row_both, row_own_s, _, row_own_t, _ = _correlation(
             pp, qq, pq, pp + uniform, qq + uniform, eps, RELEASED
         )
@@ -299,11 +401,8 @@ def _small(
     mean_t, both, own_s, own_t, shared_s, shared_t = mean_s, mean_s, mean_s, mean_s, mean_s, mean_s
     u, v = p, q
     if INTRA:
-        if RELEASED:
-            u, v = tl.where(kept[:, None], p, 0.0), tl.where(kept[:, None], q, 0.0)
-        else:
-            u, _ = _in_units(log_p - tl.log2(total_s)[:, None], kept)
-            v, _ = _in_units(log_q - tl.log2(total_t)[:, None], kept)
+        u, _ = _columns(log_p, p, total_s, kept, RELEASED)
+        v, _ = _columns(log_q, q, total_t, kept, RELEASED)
         mean_s, mean_t, uu, vv, uv, n = _tile_moments(u, v, kept)
         rho, both, own_s, shared_s, own_t, shared_t = _correlation(
             uu, vv, uv, uu + n * mean_s * mean_s, vv + n * mean_t * mean_t, eps, RELEASED
@@ -334,7 +433,117 @@ def _small(
         tl.store(gradients + offsets, tl.where(kept[:, None], dz, 0.0), mask=within)
 
 
-@triton.jit(do_not_specialize=["N"])
+@_kernel
+def _in_turns(
+    student, teacher, mask, loss, gradients, B, C,
+    student_row_stride, teacher_row_stride, exponent_scale, temperature, inter, intra, eps,
+    INTER: tl.constexpr, INTRA: tl.constexpr, RELEASED: tl.constexpr,
+    STUDENT: tl.constexpr, TEACHER: tl.constexpr,
+    ITEMS: tl.constexpr, CLASSES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """What ``_small`` does, by one program that reads tiles of ITEMS whole rows, twice.
+
+    The first time it collects moments of columns, the second time it makes gradients.
+    """
+    C, student_row_stride, teacher_row_stride = _sizes(
+        C, student_row_stride, teacher_row_stride, WIDE
+    )
+    classes = tl.arange(0, CLASSES)
+    inside = classes < C
+    uniform = 1.0 / C
+    unit_s = tl.full((CLASSES,), 0.0 if RELEASED else -float("inf"), tl.float32)
+    unit_t = tl.full((CLASSES,), 0.0 if RELEASED else -float("inf"), tl.float32)
+    mean_s, mean_t = tl.zeros((CLASSES,), tl.float32), tl.zeros((CLASSES,), tl.float32)
+    ss, tt = tl.zeros((CLASSES,), tl.float32), tl.zeros((CLASSES,), tl.float32)
+    st = tl.zeros((CLASSES,), tl.float32)
+    seen = 0.0
+    count = tl.zeros((ITEMS,), tl.float32)
+    distances = tl.zeros((ITEMS,), tl.float32)
+    for start in tl.range(0, B, ITEMS, num_stages=_STAGES):
+        items = start + tl.arange(0, ITEMS)
+        kept = _kept(mask, items, items < B)
+        z_s = _load(student, student_row_stride, start, classes, kept, inside)
+        z_t = _load(teacher, teacher_row_stride, start, classes, kept, inside)
+        _, log_p, p, total_s = _softmax(z_s, exponent_scale)
+        _, log_q, q, total_t = _softmax(z_t, exponent_scale)
+        count += kept.to(tl.float32)
+        if INTER:
+            pp, qq, pq = _row_sums(p, q, inside, uniform)
+            rho, _b, _os, _ws, _ot, _wt = _correlation(
+                pp, qq, pq, pp + uniform, qq + uniform, eps, RELEASED
+            )
+            distances += tl.where(kept, 1.0 - rho, 0.0)
+        if INTRA:
+            u, tile_unit_s = _columns(log_p, p, total_s, kept, RELEASED)
+            v, tile_unit_t = _columns(log_q, q, total_t, kept, RELEASED)
+            tile_mean_s, tile_mean_t, tile_ss, tile_tt, tile_st, n = _tile_moments(u, v, kept)
+            unit_s, unit_t, mean_s, mean_t, ss, tt, st, seen = _merge(
+                unit_s, unit_t, mean_s, mean_t, ss, tt, st, seen,
+                tile_unit_s, tile_unit_t, tile_mean_s, tile_mean_t, tile_ss, tile_tt, tile_st, n,
+            )  # fmt: skip
+    divisor = tl.maximum(tl.sum(count, axis=0), 1.0)
+    value = 0.0
+    if INTER:
+        value += tl.sum(distances, axis=0) * inter / divisor
+    both = tl.zeros((CLASSES,), tl.float32)
+    own_s, own_t, shared_s, shared_t = both, both, both, both
+    if INTRA:
+        rho, both, own_s, shared_s, own_t, shared_t = _correlation(
+            ss, tt, st, ss + seen * mean_s * mean_s, tt + seen * mean_t * mean_t, eps, RELEASED
+        )
+        distance = tl.sum(tl.where(inside, 1.0 - rho, 0.0), axis=0)
+        value += tl.where(seen > 0.0, distance, 0.0) * intra / C
+        weight = intra / C
+        both, own_s, own_t = both * weight, own_s * weight, own_t * weight
+        shared_s, shared_t = shared_s * mean_s * weight, shared_t * mean_t * weight
+        unit_s, unit_t = _finite(unit_s), _finite(unit_t)
+    tl.store(loss, value)
+
+    if STUDENT or TEACHER:
+        row_weight = inter / divisor
+        for start in tl.range(0, B, ITEMS, num_stages=_STAGES):
+            items = start + tl.arange(0, ITEMS)
+            present = items < B
+            kept = _kept(mask, items, present)
+            z_s = _load(student, student_row_stride, start, classes, kept, inside)
+            z_t = _load(teacher, teacher_row_stride, start, classes, kept, inside)
+            _, log_p, p, total_s = _softmax(z_s, exponent_scale)
+            _, log_q, q, total_t = _softmax(z_t, exponent_scale)
+            row_both = tl.zeros((ITEMS,), tl.float32)
+            row_own_s, row_own_t = row_both, row_both
+            if INTER:
+                pp, qq, pq = _row_sums(p, q, inside, uniform)
+                _, row_both, row_own_s, _ws, row_own_t, _wt = _correlation(
+                    pp, qq, pq, pp + uniform, qq + uniform, eps, RELEASED
+                )
+                row_both = row_both * row_weight
+                row_own_s, row_own_t = row_own_s * row_weight, row_own_t * row_weight
+            u, v = p, q
+            if INTRA and not RELEASED:
+                log_p = tl.where(kept[:, None], log_p, -float("inf"))
+                log_q = tl.where(kept[:, None], log_q, -float("inf"))
+                u = tl.exp2(log_p - unit_s[None, :]) * (1.0 / total_s)[:, None]
+                v = tl.exp2(log_q - unit_t[None, :]) * (1.0 / total_t)[:, None]
+            offsets = items[:, None] * C + classes[None, :]
+            within = present[:, None] & inside[None, :]
+            if STUDENT:
+                g = _slope(
+                    p, q, u, v, uniform, row_both, row_own_s, mean_s, mean_t, both, own_s, shared_s,
+                    INTER, INTRA,
+                )  # fmt: skip
+                dz = (p * tl.sum(g, axis=1)[:, None] - g) / temperature
+                tl.store(gradients + offsets, tl.where(kept[:, None], dz, 0.0), mask=within)
+            if TEACHER:
+                g = _slope(
+                    q, p, v, u, uniform, row_both, row_own_t, mean_t, mean_s, both, own_t, shared_t,
+                    INTER, INTRA,
+                )  # fmt: skip
+                dz = (q * tl.sum(g, axis=1)[:, None] - g) / temperature
+                at = gradients + (B * C if STUDENT else 0) + offsets
+                tl.store(at, tl.where(kept[:, None], dz, 0.0), mask=within)
+
+
+@_kernel
 def _scale(grad_output, gradients, student_gradient, teacher_gradient, N, BLOCK: tl.constexpr):
     """Unit gradients times grad_output in float32, then rounded to the dtypes of the inputs."""
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -352,13 +561,12 @@ def _scale(grad_output, gradients, student_gradient, teacher_gradient, N, BLOCK:
 # --- medium: rows and columns in one read ---------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["B"])
+@_kernel
 def _stream(
-    student, teacher, mask, rows, partials, B, C,
-    student_row_stride, student_column_stride, teacher_row_stride, teacher_column_stride,
-    mask_stride, exponent_scale,
+    student, teacher, mask, rows, partials, B, C, rows_stride,
+    student_row_stride, teacher_row_stride, exponent_scale,
     INTER: tl.constexpr, INTRA: tl.constexpr, RELEASED: tl.constexpr,
-    ITEMS: tl.constexpr, CLASSES: tl.constexpr,
+    ITEMS: tl.constexpr, CLASSES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Row statistics, and column moments of the rows that this program reads.
 
@@ -366,6 +574,9 @@ def _stream(
     one tile to the next. ``rows`` is (7, B), ``partials`` (programs, 8, C).
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
+    C, student_row_stride, teacher_row_stride = _sizes(
+        C, student_row_stride, teacher_row_stride, WIDE
+    )
     classes = tl.arange(0, CLASSES)
     inside = classes < C
     uniform = 1.0 / C
@@ -375,17 +586,14 @@ def _stream(
     ss, tt = tl.zeros((CLASSES,), tl.float32), tl.zeros((CLASSES,), tl.float32)
     st = tl.zeros((CLASSES,), tl.float32)
     count = 0.0
-    stride = B.to(tl.int64)
+    stride = rows_stride.to(tl.int64)
     for block in tl.range(program, tl.cdiv(B, ITEMS), programs, num_stages=_STAGES):
-        items = block * ITEMS + tl.arange(0, ITEMS)
+        first = block * ITEMS
+        items = first + tl.arange(0, ITEMS)
         present = items < B
-        kept = _kept(mask, mask_stride, items, present)
-        z_s = _load(
-            student, student_row_stride, student_column_stride, items, classes, kept, inside
-        )
-        z_t = _load(
-            teacher, teacher_row_stride, teacher_column_stride, items, classes, kept, inside
-        )
+        kept = _kept(mask, items, present)
+        z_s = _load(student, student_row_stride, first, classes, kept, inside)
+        z_t = _load(teacher, teacher_row_stride, first, classes, kept, inside)
         largest_s, log_p, p, total_s = _softmax(z_s, exponent_scale)
         largest_t, log_q, q, total_t = _softmax(z_t, exponent_scale)
         at = rows + items
@@ -394,18 +602,13 @@ def _stream(
         tl.store(at + 2 * stride, largest_t, mask=present)
         tl.store(at + 3 * stride, total_t, mask=present)
         if INTER:
-            a = tl.where(inside[None, :], p - uniform, 0.0)
-            b = tl.where(inside[None, :], q - uniform, 0.0)
-            tl.store(at + 4 * stride, tl.sum(a * a, axis=1), mask=present)
-            tl.store(at + 5 * stride, tl.sum(b * b, axis=1), mask=present)
-            tl.store(at + 6 * stride, tl.sum(a * b, axis=1), mask=present)
+            pp, qq, pq = _row_sums(p, q, inside, uniform)
+            tl.store(at + 4 * stride, pp, mask=present)
+            tl.store(at + 5 * stride, qq, mask=present)
+            tl.store(at + 6 * stride, pq, mask=present)
         if INTRA:
-            if RELEASED:
-                u, v = tl.where(kept[:, None], p, 0.0), tl.where(kept[:, None], q, 0.0)
-                tile_unit_s, tile_unit_t = unit_s, unit_t
-            else:
-                u, tile_unit_s = _in_units(log_p - tl.log2(total_s)[:, None], kept)
-                v, tile_unit_t = _in_units(log_q - tl.log2(total_t)[:, None], kept)
+            u, tile_unit_s = _columns(log_p, p, total_s, kept, RELEASED)
+            v, tile_unit_t = _columns(log_q, q, total_t, kept, RELEASED)
             tile_mean_s, tile_mean_t, tile_ss, tile_tt, tile_st, n = _tile_moments(u, v, kept)
             unit_s, unit_t, mean_s, mean_t, ss, tt, st, count = _merge(
                 unit_s, unit_t, mean_s, mean_t, ss, tt, st, count,
@@ -421,19 +624,22 @@ def _stream(
 # --- large: rows, then columns --------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["rows_stride"])
+@_kernel
 def _row_statistics(
     student, teacher, mask, rows, C, rows_stride,
-    student_row_stride, student_column_stride, teacher_row_stride, teacher_column_stride,
-    mask_stride, exponent_scale, INTER: tl.constexpr, BLOCK: tl.constexpr,
+    student_row_stride, teacher_row_stride, exponent_scale,
+    INTER: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program per row, one read of it, in blocks: online largest, sum and centred sums.
 
     The centred sums are of the exponentials around their mean over the classes seen, merged block
     by block like column moments; in the end that mean over the sum is 1 / C.
     """
+    C, student_row_stride, teacher_row_stride = _sizes(
+        C, student_row_stride, teacher_row_stride, WIDE
+    )
     item = tl.program_id(0)
-    kept = _kept(mask, mask_stride, item, item >= 0)
+    kept = _kept(mask, item, item >= 0)
     student += item.to(tl.int64) * student_row_stride
     teacher += item.to(tl.int64) * teacher_row_stride
     largest_s, largest_t = -float("inf"), -float("inf")
@@ -444,12 +650,8 @@ def _row_statistics(
         classes = start + tl.arange(0, BLOCK)
         inside = classes < C
         read = inside & kept
-        z_s = tl.load(
-            student + classes.to(tl.int64) * student_column_stride, mask=read, other=-float("inf")
-        ).to(tl.float32)
-        z_t = tl.load(
-            teacher + classes.to(tl.int64) * teacher_column_stride, mask=read, other=-float("inf")
-        ).to(tl.float32)
+        z_s = tl.load(student + classes, mask=read, other=-float("inf")).to(tl.float32)
+        z_t = tl.load(teacher + classes, mask=read, other=-float("inf")).to(tl.float32)
         z_s, z_t = tl.where(kept, z_s, 0.0), tl.where(kept, z_t, 0.0)
         top_s = tl.maximum(largest_s, tl.max(z_s, axis=0))
         top_t = tl.maximum(largest_t, tl.max(z_t, axis=0))
@@ -486,17 +688,19 @@ def _row_statistics(
         tl.store(rows + 6 * stride, st / (total_s * total_t))
 
 
-@triton.jit(do_not_specialize=["B", "rows_stride"])
+@_kernel
 def _column_moments(
     student, teacher, mask, rows, partials, B, C, rows_stride,
-    student_row_stride, student_column_stride, teacher_row_stride, teacher_column_stride,
-    mask_stride, exponent_scale,
-    RELEASED: tl.constexpr, ITEMS: tl.constexpr, CLASSES: tl.constexpr,
+    student_row_stride, teacher_row_stride, exponent_scale,
+    RELEASED: tl.constexpr, ITEMS: tl.constexpr, CLASSES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Moments of CLASSES columns over every n-th tile of ITEMS rows; the grid is (C, splits).
 
     Neighbouring programs read neighbouring classes of the same rows. ``partials``: (splits, 8, C).
     """
+    C, student_row_stride, teacher_row_stride = _sizes(
+        C, student_row_stride, teacher_row_stride, WIDE
+    )
     split, splits = tl.program_id(1), tl.num_programs(1)
     classes = tl.program_id(0) * CLASSES + tl.arange(0, CLASSES)
     inside = classes < C
@@ -508,27 +712,21 @@ def _column_moments(
     count = 0.0
     stride = rows_stride.to(tl.int64)
     for block in tl.range(split, tl.cdiv(B, ITEMS), splits, num_stages=_STAGES):
-        items = block * ITEMS + tl.arange(0, ITEMS)
-        kept = _kept(mask, mask_stride, items, items < B)
-        z_s = _load(
-            student, student_row_stride, student_column_stride, items, classes, kept, inside
-        )
-        z_t = _load(
-            teacher, teacher_row_stride, teacher_column_stride, items, classes, kept, inside
-        )
+        first = block * ITEMS
+        items = first + tl.arange(0, ITEMS)
+        kept = _kept(mask, items, items < B)
+        z_s = _load(student, student_row_stride, first, classes, kept, inside)
+        z_t = _load(teacher, teacher_row_stride, first, classes, kept, inside)
         largest_s = tl.load(rows + items, mask=kept, other=0.0)
         total_s = tl.load(rows + stride + items, mask=kept, other=1.0)
         largest_t = tl.load(rows + 2 * stride + items, mask=kept, other=0.0)
         total_t = tl.load(rows + 3 * stride + items, mask=kept, other=1.0)
         log_p = (z_s - largest_s[:, None]) * exponent_scale
         log_q = (z_t - largest_t[:, None]) * exponent_scale
-        if RELEASED:
-            u = tl.where(kept[:, None], tl.exp2(log_p) / total_s[:, None], 0.0)
-            v = tl.where(kept[:, None], tl.exp2(log_q) / total_t[:, None], 0.0)
-            tile_unit_s, tile_unit_t = unit_s, unit_t
-        else:
-            u, tile_unit_s = _in_units(log_p - tl.log2(total_s)[:, None], kept)
-            v, tile_unit_t = _in_units(log_q - tl.log2(total_t)[:, None], kept)
+        p = tl.exp2(log_p) * (1.0 / total_s)[:, None]  # without eps nobody needs p and q
+        q = tl.exp2(log_q) * (1.0 / total_t)[:, None]
+        u, tile_unit_s = _columns(log_p, p, total_s, kept, RELEASED)
+        v, tile_unit_t = _columns(log_q, q, total_t, kept, RELEASED)
         tile_mean_s, tile_mean_t, tile_ss, tile_tt, tile_st, n = _tile_moments(u, v, kept)
         unit_s, unit_t, mean_s, mean_t, ss, tt, st, count = _merge(
             unit_s, unit_t, mean_s, mean_t, ss, tt, st, count,
@@ -575,7 +773,7 @@ def _collect(
     return unit_s, unit_t, mean_s, mean_t, ss, tt, st, count
 
 
-@triton.jit(do_not_specialize=["P"])
+@_kernel
 def _observe(partials, columns, P, C, PARTS: tl.constexpr, CLASSES: tl.constexpr):
     """Merge partial moments into the statistics of a batch that comes in chunks."""
     classes = tl.program_id(0) * CLASSES + tl.arange(0, CLASSES)
@@ -637,9 +835,9 @@ def _row_distance(rows, rows_stride, items, kept, C, eps, RELEASED: tl.constexpr
     return tl.sum(tl.where(kept, 1.0 - rho, 0.0), axis=0)
 
 
-@triton.jit(do_not_specialize=["P", "B", "rows_stride", "column_programs"])
+@_kernel
 def _conclude(
-    rows, columns, partials, mask, sums, P, B, C, rows_stride, mask_stride, column_programs,
+    rows, columns, partials, mask, sums, P, B, C, rows_stride, column_programs,
     slope, eps, INTER: tl.constexpr, INTRA: tl.constexpr, RELEASED: tl.constexpr,
     PARTS: tl.constexpr, CLASSES: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
@@ -659,7 +857,7 @@ def _conclude(
             tl.store(sums + program, distance)
     else:
         items = (program - column_programs) * ITEMS + tl.arange(0, ITEMS)
-        kept = _kept(mask, mask_stride, items, items < B)
+        kept = _kept(mask, items, items < B)
         if INTER:
             distance = _row_distance(rows, rows_stride, items, kept, C, eps, RELEASED)
             tl.store(sums + program, distance)
@@ -667,7 +865,7 @@ def _conclude(
         tl.store(sums + program + row_programs, tl.sum(kept.to(tl.float32), axis=0))
 
 
-@triton.jit(do_not_specialize=["column_programs", "row_programs"])
+@_kernel
 def _loss(
     sums, columns, loss, C, column_programs, row_programs, inter, intra,
     INTER: tl.constexpr, INTRA: tl.constexpr, BLOCK: tl.constexpr,
@@ -695,16 +893,45 @@ def _loss(
 
 
 @triton.jit
-def _tile_slopes(
-    student, teacher, student_row_stride, student_column_stride, teacher_row_stride,
-    teacher_column_stride, items, start, kept, C, columns, exponent_scale, uniform,
-    largest_s, largest_t, total_s, total_t, row_both, row_own_s, row_own_t,
-    INTER: tl.constexpr, INTRA: tl.constexpr, RELEASED: tl.constexpr, CLASSES: tl.constexpr,
+def _row_coefficients(
+    rows, stride, items, kept, count_share, uniform, inter, eps,
+    INTER: tl.constexpr, RELEASED: tl.constexpr,
 ):  # fmt: skip
-    """Probabilities p, q and g of student and teacher over a tile of classes from ``start`` on."""
-    classes = start + tl.arange(0, CLASSES)
+    """What the gradient needs of each row, the inter-class part of sum_c g included.
+
+    That part follows from the centred sums: sum_c p (q - 1/C) is pq, for the centred sum to zero.
+    """
+    at = rows + items
+    # Rows that do not count: an infinite largest logit makes p and u zero.
+    largest_s = tl.load(at, mask=kept, other=float("inf"))
+    share_s = 1.0 / tl.load(at + stride, mask=kept, other=1.0)
+    largest_t = tl.load(at + 2 * stride, mask=kept, other=float("inf"))
+    share_t = 1.0 / tl.load(at + 3 * stride, mask=kept, other=1.0)
+    both = tl.zeros_like(share_s)
+    own_s, own_t, sum_s, sum_t = both, both, both, both
+    if INTER:
+        weight = inter * tl.load(count_share)
+        pp = tl.load(at + 4 * stride, mask=kept, other=0.0)
+        qq = tl.load(at + 5 * stride, mask=kept, other=0.0)
+        pq = tl.load(at + 6 * stride, mask=kept, other=0.0)
+        _, both, own_s, _unused_s, own_t, _unused_t = _correlation(
+            pp, qq, pq, pp + uniform, qq + uniform, eps, RELEASED
+        )
+        both, own_s, own_t = both * weight, own_s * weight, own_t * weight
+        sum_s, sum_t = both * pq + own_s * pp, both * pq + own_t * qq
+    return largest_s, share_s, largest_t, share_t, both, own_s, own_t, sum_s, sum_t
+
+
+@triton.jit
+def _tile_slopes(
+    student, teacher, student_row_stride, teacher_row_stride, item, classes, kept, C, columns,
+    exponent_scale, uniform, largest_s, largest_t, share_s, share_t,
+    row_both, row_own_s, row_own_t,
+    INTER: tl.constexpr, INTRA: tl.constexpr, RELEASED: tl.constexpr,
+):  # fmt: skip
+    """Probabilities p, q and g of student and teacher over a tile of classes, from ``item`` on."""
     inside = classes < C
-    unit_s = tl.zeros((CLASSES,), tl.float32)
+    unit_s = tl.zeros((classes.shape[0],), tl.float32)
     unit_t, mean_s, mean_t, both = unit_s, unit_s, unit_s, unit_s
     own_s, own_t, shared_s, shared_t = unit_s, unit_s, unit_s, unit_s
     if INTRA:
@@ -717,11 +944,12 @@ def _tile_slopes(
         shared_s = tl.load(columns + 6 * C + classes, mask=inside, other=0.0)
         own_t = tl.load(columns + 7 * C + classes, mask=inside, other=0.0)
         shared_t = tl.load(columns + 8 * C + classes, mask=inside, other=0.0)
-    z_s = _load(student, student_row_stride, student_column_stride, items, classes, kept, inside)
-    z_t = _load(teacher, teacher_row_stride, teacher_column_stride, items, classes, kept, inside)
-    log_s, log_t = tl.log2(total_s), tl.log2(total_t)
-    p, u = _parts(z_s, largest_s, total_s, log_s, unit_s, exponent_scale, INTRA, RELEASED)
-    q, v = _parts(z_t, largest_t, total_t, log_t, unit_t, exponent_scale, INTRA, RELEASED)
+    z_s = _load(student, student_row_stride, item, classes, kept, inside)
+    z_t = _load(teacher, teacher_row_stride, item, classes, kept, inside)
+    log_p = (z_s - largest_s[:, None]) * exponent_scale
+    log_q = (z_t - largest_t[:, None]) * exponent_scale
+    p, u = _parts(log_p, share_s, unit_s, INTRA, RELEASED)
+    q, v = _parts(log_q, share_t, unit_t, INTRA, RELEASED)
     g_s = _slope(
         p, q, u, v, uniform, row_both, row_own_s, mean_s, mean_t, both, own_s, shared_s,
         INTER, INTRA,
@@ -733,70 +961,136 @@ def _tile_slopes(
     return p, q, g_s, g_t
 
 
-@triton.jit(do_not_specialize=["B", "rows_stride"])
+@_kernel
+def _sums(
+    student, teacher, mask, rows, columns, student_sums, teacher_sums, first, B, C,
+    rows_stride, student_row_stride, teacher_row_stride, exponent_scale,
+    RELEASED: tl.constexpr, ITEMS: tl.constexpr, CLASSES: tl.constexpr, SPAN: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """The intra-class part of sum_c g of rows ``first`` to B, over a segment of the classes each.
+
+    A segment is SPAN classes in tiles of (ITEMS, CLASSES); the grid is (rows, segments). What is
+    stored, (segments, B - first), is for the student's gradient, the teacher's or both.
+    """
+    C, student_row_stride, teacher_row_stride = _sizes(
+        C, student_row_stride, teacher_row_stride, WIDE
+    )
+    uniform = 1.0 / C
+    item = first + tl.program_id(0) * ITEMS
+    items = item + tl.arange(0, ITEMS)
+    present = items < B
+    kept = _kept(mask, items, present)
+    zeros = tl.zeros((ITEMS,), tl.float32)
+    largest_s, share_s, largest_t, share_t, _b, _os, _ot, _ss, _st = _row_coefficients(
+        rows, rows_stride.to(tl.int64), items, kept, columns, uniform, 0.0, 0.0, 0, RELEASED
+    )
+    sums_s = tl.zeros((ITEMS, CLASSES), tl.float32)
+    sums_t = tl.zeros((ITEMS, CLASSES), tl.float32)
+    left = tl.program_id(1) * SPAN
+    for start in tl.range(left, tl.minimum(left + SPAN, C), CLASSES, num_stages=_STAGES):
+        classes = start + tl.arange(0, CLASSES)
+        _p, _q, g_s, g_t = _tile_slopes(
+            student, teacher, student_row_stride, teacher_row_stride, item, classes, kept, C,
+            columns, exponent_scale, uniform, largest_s, largest_t, share_s, share_t,
+            zeros, zeros, zeros, 0, 1, RELEASED,
+        )  # fmt: skip
+        sums_s += g_s
+        sums_t += g_t
+    at = tl.program_id(1) * (B - first) + items - first
+    if student_sums is not None:
+        tl.store(student_sums + at, tl.sum(sums_s, axis=1), mask=present)
+    if teacher_sums is not None:
+        tl.store(teacher_sums + at, tl.sum(sums_t, axis=1), mask=present)
+
+
+@triton.jit
+def _add_up(sums, count, stride, items, present, ITEMS: tl.constexpr, PARTS: tl.constexpr):
+    """Sums of ``count`` segments, PARTS at a time, in their order."""
+    added = tl.zeros((ITEMS,), tl.float32)
+    for start in tl.range(0, count, PARTS):
+        parts = start + tl.arange(0, PARTS)
+        here = present[:, None] & (parts < count)[None, :]
+        at = sums + parts[None, :] * stride + items[:, None]
+        added += tl.sum(tl.load(at, mask=here, other=0.0), axis=1)
+    return added
+
+
+@_kernel
 def _gradient(
-    grad_output, student, teacher, mask, rows, columns, student_gradient, teacher_gradient, B, C,
-    rows_stride, student_row_stride, student_column_stride, teacher_row_stride,
-    teacher_column_stride, mask_stride, exponent_scale, inter, eps,
+    grad_output, student, teacher, mask, rows, columns, student_sums, teacher_sums,
+    student_gradient, teacher_gradient, first, B, C, segments,
+    rows_stride, student_row_stride, teacher_row_stride, exponent_scale, inter, eps,
     INTER: tl.constexpr, INTRA: tl.constexpr, RELEASED: tl.constexpr,
-    ITEMS: tl.constexpr, CLASSES: tl.constexpr,
+    ITEMS: tl.constexpr, CLASSES: tl.constexpr, SPAN: tl.constexpr, PARTS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """The module's dz for ITEMS rows at a time, in tiles of (ITEMS, CLASSES), float32.
 
-    The sign, tau and the weights are in the coefficients: ``inter`` is -tau beta.
+    The sign, tau and the weights are in the coefficients: ``inter`` is -tau beta. The grid is
+    (rows, segments of SPAN classes), after ``_sums``; if SPAN is 0, a program has whole rows and
+    adds up sum_c g itself.
     """
+    C, student_row_stride, teacher_row_stride = _sizes(
+        C, student_row_stride, teacher_row_stride, WIDE
+    )
     factor = tl.load(grad_output)
     uniform = 1.0 / C
     stride = rows_stride.to(tl.int64)
-    for block in tl.range(tl.program_id(0), tl.cdiv(B, ITEMS), tl.num_programs(0)):
-        items = block * ITEMS + tl.arange(0, ITEMS)
+    left, right = tl.program_id(1) * SPAN, C
+    if SPAN:
+        right = tl.minimum(left + SPAN, C)
+    for block in tl.range(tl.program_id(0), tl.cdiv(B - first, ITEMS), tl.num_programs(0)):
+        item = first + block * ITEMS
+        items = item + tl.arange(0, ITEMS)
         present = items < B
-        kept = _kept(mask, mask_stride, items, present)
-        at = rows + items
-        # Rows that do not count: an infinite largest logit makes p and u zero.
-        largest_s = tl.load(at, mask=kept, other=float("inf"))
-        total_s = tl.load(at + stride, mask=kept, other=1.0)
-        largest_t = tl.load(at + 2 * stride, mask=kept, other=float("inf"))
-        total_t = tl.load(at + 3 * stride, mask=kept, other=1.0)
-        both = tl.zeros((ITEMS,), tl.float32)
-        own_s, own_t = both, both
-        if INTER:
-            weight = inter * tl.load(columns + 9 * C)
-            pp = tl.load(at + 4 * stride, mask=kept, other=0.0)
-            qq = tl.load(at + 5 * stride, mask=kept, other=0.0)
-            pq = tl.load(at + 6 * stride, mask=kept, other=0.0)
-            _, both, own_s, _unused_s, own_t, _unused_t = _correlation(
-                pp, qq, pq, pp + uniform, qq + uniform, eps, RELEASED
+        kept = _kept(mask, items, present)
+        largest_s, share_s, largest_t, share_t, both, own_s, own_t, sum_s, sum_t = (
+            _row_coefficients(
+                rows, stride, items, kept, columns + 9 * C, uniform, inter, eps, INTER, RELEASED
             )
-            both, own_s, own_t = both * weight, own_s * weight, own_t * weight
-        sums_s = tl.zeros((ITEMS, CLASSES), tl.float32)
-        sums_t = tl.zeros((ITEMS, CLASSES), tl.float32)
-        for start in tl.range(0, C, CLASSES, num_stages=_STAGES):
-            _p, _q, g_s, g_t = _tile_slopes(
-                student, teacher, student_row_stride, student_column_stride, teacher_row_stride,
-                teacher_column_stride, items, start, kept, C, columns, exponent_scale, uniform,
-                largest_s, largest_t, total_s, total_t, both, own_s, own_t,
-                INTER, INTRA, RELEASED, CLASSES,
-            )  # fmt: skip
-            sums_s += g_s
-            sums_t += g_t
-        sum_s, sum_t = tl.sum(sums_s, axis=1)[:, None], tl.sum(sums_t, axis=1)[:, None]
-        for start in tl.range(0, C, CLASSES, num_stages=_STAGES):
-            p, q, g_s, g_t = _tile_slopes(
-                student, teacher, student_row_stride, student_column_stride, teacher_row_stride,
-                teacher_column_stride, items, start, kept, C, columns, exponent_scale, uniform,
-                largest_s, largest_t, total_s, total_t, both, own_s, own_t,
-                INTER, INTRA, RELEASED, CLASSES,
-            )  # fmt: skip
-            classes = start + tl.arange(0, CLASSES)
-            offsets = items.to(tl.int64)[:, None] * C + classes[None, :]
-            within = present[:, None] & (classes < C)[None, :]
+        )
+        if SPAN:
             if student_gradient is not None:
-                dz = tl.where(kept[:, None], (g_s - p * sum_s) * factor, 0.0)
-                tl.store(student_gradient + offsets, dz, mask=within)
+                sum_s += _add_up(
+                    student_sums, segments, B - first, items - first, present, ITEMS, PARTS
+                )
             if teacher_gradient is not None:
-                dz = tl.where(kept[:, None], (g_t - q * sum_t) * factor, 0.0)
-                tl.store(teacher_gradient + offsets, dz, mask=within)
+                sum_t += _add_up(
+                    teacher_sums, segments, B - first, items - first, present, ITEMS, PARTS
+                )
+        elif INTRA:
+            zeros = tl.zeros((ITEMS,), tl.float32)
+            sums_s = tl.zeros((ITEMS, CLASSES), tl.float32)
+            sums_t = tl.zeros((ITEMS, CLASSES), tl.float32)
+            for start in tl.range(0, C, CLASSES, num_stages=_STAGES):
+                classes = start + tl.arange(0, CLASSES)
+                _p, _q, g_s, g_t = _tile_slopes(
+                    student, teacher, student_row_stride, teacher_row_stride, item, classes, kept,
+                    C, columns, exponent_scale, uniform, largest_s, largest_t, share_s, share_t,
+                    zeros, zeros, zeros, 0, INTRA, RELEASED,
+                )  # fmt: skip
+                sums_s += g_s
+                sums_t += g_t
+            sum_s += tl.sum(sums_s, axis=1)
+            sum_t += tl.sum(sums_t, axis=1)
+        for start in tl.range(left, right, CLASSES, num_stages=_STAGES):
+            classes = start + tl.arange(0, CLASSES)
+            p, q, g_s, g_t = _tile_slopes(
+                student, teacher, student_row_stride, teacher_row_stride, item, classes, kept, C,
+                columns, exponent_scale, uniform, largest_s, largest_t, share_s, share_t,
+                both, own_s, own_t, INTER, INTRA, RELEASED,
+            )  # fmt: skip
+            offsets = tl.arange(0, ITEMS)[:, None] * C + classes[None, :]
+            before = item.to(tl.int64) * C
+            within = present[:, None] & (classes < C)[None, :]
+            # What is written is not read again here; it should not drive logits out of the cache.
+            if student_gradient is not None:
+                dz = tl.where(kept[:, None], (g_s - p * sum_s[:, None]) * factor, 0.0)
+                tl.store(student_gradient + before + offsets, dz, mask=within, cache_modifier=".cs")
+            if teacher_gradient is not None:
+                dz = tl.where(kept[:, None], (g_t - q * sum_t[:, None]) * factor, 0.0)
+                tl.store(teacher_gradient + before + offsets, dz, mask=within, cache_modifier=".cs")
 
 
 # --- launching ------------------------------------------------------------------------------------
@@ -827,18 +1121,15 @@ def forward(
     teacher_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, and what ``backward`` needs beside the logits."""
-    tile = _small_tile(*student.shape)
+    needs = (student_needs_grad, teacher_needs_grad)
     weights = _Weights(temperature, inter_weight, intra_weight, eps)
     with device_of(student):
+        batch = _Batch(student, teacher, mask)
+        tile = _small_tile(*student.shape)
         if tile is not None:
-            return _forward_small(
-                student, teacher, mask, weights, tile, student_needs_grad, teacher_needs_grad
-            )
-        if student.shape[1] <= _MEDIUM_CLASSES:
-            loss, rows, columns = _forward_medium(student, teacher, mask, weights)
-        else:
-            loss, rows, columns = _forward_large(student, teacher, mask, weights)
-    if not (student_needs_grad or teacher_needs_grad):
+            return _forward_small(batch, weights, tile, *needs)
+        loss, rows, columns = _forward_large(batch, weights)
+    if not any(needs):
         return loss, rows.new_empty(0), columns.new_empty(0)
     return loss, rows, columns
 
@@ -859,7 +1150,7 @@ def backward(
     teacher_needs_grad: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients in the dtypes of their inputs; grad_output is read on the device."""
-    if rows.ndim == 3:
+    if rows.ndim == 3 and (inter_weight or intra_weight):
         with device_of(student):
             return _backward_small(
                 grad_output, student, teacher, rows, student_needs_grad, teacher_needs_grad
@@ -902,9 +1193,11 @@ def observe(
 ) -> None:
     """Add a chunk of rows to the statistics; ``rows`` is the chunk's part of the batch's."""
     weights = _Weights(temperature, inter_weight, intra_weight, eps)
+    if not weights.any_on:
+        return
     with device_of(student):
-        partials = _observe_large(student, teacher, mask, rows, weights)
-        if partials is not None:
+        partials = _observe_chosen(_Batch(student, teacher, mask), rows, weights)
+        if weights.intra_on:
             classes = student.shape[1]
             parts, width = _MERGE_TILE
             _observe[(triton.cdiv(classes, width),)](
@@ -930,8 +1223,10 @@ def conclude(
 ) -> Tensor:
     """Loss of all that was observed; its statistics become coefficients of the gradient."""
     weights = _Weights(temperature, inter_weight, intra_weight, eps)
+    if not weights.any_on:
+        return torch.zeros((), dtype=torch.float32, device=rows.device)
     with device_of(rows):
-        return _conclude_from(columns[None], rows, columns, mask, weights)
+        return _conclude_from(columns[None], rows, columns, _in_one_piece(mask), weights)
 
 
 def gradient(
@@ -950,39 +1245,24 @@ def gradient(
     teacher_needs_grad: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of a chunk of rows, or of all, after ``conclude``."""
-    batch, classes = student.shape
-    student_gradient = _like(student) if student_needs_grad else None
-    teacher_gradient = _like(teacher) if teacher_needs_grad else None
     weights = _Weights(temperature, inter_weight, intra_weight, eps)
-    items, width, warps = _gradient_tile(classes)
-    programs = _gradient_programs(student, teacher, items)
-    with device_of(student):
-        _gradient[(programs,)](
-            grad_output,
-            student,
-            teacher,
-            mask,
-            rows,
-            columns,
-            student_gradient,
-            teacher_gradient,
-            batch,
-            classes,
-            rows.stride(0),
-            *student.stride(),
-            *teacher.stride(),
-            0 if mask is None else mask.stride(0),
-            weights.exponent_scale,
-            -temperature * inter_weight,
-            weights.eps,
-            INTER=weights.inter_on,
-            INTRA=weights.intra_on,
-            RELEASED=weights.released,
-            ITEMS=items,
-            CLASSES=width,
-            num_warps=warps,
-        )
-    return student_gradient, teacher_gradient
+    new = torch.empty if weights.any_on else torch.zeros
+    gradients = (
+        _like(student, new) if student_needs_grad else None,
+        _like(teacher, new) if teacher_needs_grad else None,
+    )
+    if weights.any_on:
+        with device_of(student):
+            batch = _Batch(student, teacher, mask)
+            plan = fastest(
+                _gradient_plans(batch, weights),
+                ("gradient", *batch.kind, weights.flags, student_needs_grad, teacher_needs_grad),
+                lambda plan: _run_gradient(
+                    plan, grad_output, batch, rows, columns, weights, gradients
+                ),
+            )
+            _run_gradient(plan, grad_output, batch, rows, columns, weights, gradients)
+    return gradients
 
 
 class _Weights:
@@ -995,26 +1275,61 @@ class _Weights:
         self.exponent_scale = math.log2(math.e) / temperature
         self.inter = inter_weight * temperature**2
         self.intra = intra_weight * temperature**2
+        self.inter_slope = -temperature * inter_weight
         self.inter_on = int(inter_weight != 0)
         self.intra_on = int(intra_weight != 0)
+        self.any_on = bool(self.inter_on or self.intra_on)
         self.released = int(eps is not None)
         self.eps = 0.0 if eps is None else eps
+        self.flags = (self.inter_on, self.intra_on, self.released)
 
 
-def _small_tile(batch: int, classes: int) -> tuple[int, int, int] | None:
-    """The smallest tile that holds the whole batch."""
-    for tile in _SMALL_TILES:
-        if batch <= tile[0] and classes <= tile[1]:
-            return tile
-    return None
+class _Batch:
+    """Logits and mask as the kernels take them: a row's classes next to each other in memory.
+
+    What lies otherwise is copied first; read as it lies, it would cost a sector of 32 bytes per
+    class, in each of up to six reads.
+    """
+
+    def __init__(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> None:
+        self.items, self.classes = student.shape
+        self.student, self.teacher = _adjacent(student), _adjacent(teacher)
+        self.mask = _in_one_piece(mask)
+        self.strides = (self.student.stride(0), self.teacher.stride(0))
+        self.pair_bytes = self.classes * (student.element_size() + teacher.element_size())
+        self.device = student.device
+        self.wide = _wide(self.classes, self.student, self.teacher)
+
+    @property
+    def logits(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The first arguments of every kernel that reads logits."""
+        return self.student, self.teacher, self.mask
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What the speed of a kernel depends on, with batches of up to twice the size alike."""
+        dtypes = self.student.dtype, self.teacher.dtype
+        return self.device, self.items.bit_length(), self.classes, self.wide, dtypes
 
 
-def _stream_tile(classes: int) -> tuple[int, int, int]:
-    return next(tile for tile in _STREAM_TILES if classes <= tile[1])
+def _adjacent(logits: Tensor) -> Tensor:
+    near = logits.stride(1) == 1 or logits.shape[1] == 1
+    return logits if near and logits.stride(0) <= _FARTHEST else logits.contiguous()
 
 
-def _gradient_tile(classes: int) -> tuple[int, int, int]:
-    return next((tile for tile in _GRADIENT_TILES if classes <= tile[1]), _GRADIENT_TILES[-1])
+def _in_one_piece(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.contiguous()
+
+
+def _wide(classes: int, *logits: Tensor) -> int:
+    """_WIDE if all rows begin at multiples of 16 bytes and end at multiples of _WIDE classes."""
+    numbers = [classes, *(tensor.stride(0) for tensor in logits)]
+    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in logits)
+    return _WIDE if aligned and all(number % _WIDE == 0 for number in numbers) else 1
+
+
+def _like(tensor: Tensor, new: Callable[..., Tensor] = torch.empty) -> Tensor:
+    return new(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 @lru_cache
@@ -1026,52 +1341,51 @@ def _machine(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, properties.L2_cache_size
 
 
-def _gradient_programs(student: Tensor, teacher: Tensor, items: int) -> int:
-    """As many programs as there are tiles of rows, or only those whose rows fit the L2 cache.
-
-    With fewer than half of the processors busy, a second read from memory is the smaller loss.
-    """
-    batch, classes = student.shape
-    blocks: int = triton.cdiv(batch, items)
-    processors, cache = _machine(student.device)
-    bytes_per_program = items * classes * (student.element_size() + teacher.element_size())
-    fitting = cache * 3 // 4 // bytes_per_program
-    if processors // 2 <= fitting < 2 * processors:
-        return min(blocks, fitting)
-    return blocks
+def _first_that_holds(tiles: Sequence[Tile], classes: int) -> Tile:
+    return next((tile for tile in tiles if classes <= tile.classes), tiles[-1])
 
 
-def _like(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+# --- small
+
+
+def _small_tile(batch: int, classes: int) -> Tile | None:
+    """The smallest tile that holds the whole batch, or one to take it in turns with."""
+    for tile in _SMALL_TILES:
+        if batch <= tile.items and classes <= tile.classes:
+            return tile
+    for tile in _TURN_TILES:
+        if classes <= tile.classes:
+            return tile if batch * tile.classes <= _SMALL_ELEMENTS else None
+    return None
 
 
 def _forward_small(
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor | None,
+    batch: _Batch,
     weights: _Weights,
-    tile: tuple[int, int, int],
+    tile: Tile,
     student_needs_grad: bool,
     teacher_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, classes = student.shape
     shape, _ = saved_shapes(
-        batch, classes, student_needs_grad=student_needs_grad, teacher_needs_grad=teacher_needs_grad
+        batch.items,
+        batch.classes,
+        student_needs_grad=student_needs_grad,
+        teacher_needs_grad=teacher_needs_grad,
     )
-    loss = torch.empty((), dtype=torch.float32, device=student.device)
-    gradients = torch.empty(shape, dtype=torch.float32, device=student.device)
-    items, width, warps = tile
-    _small[(1,)](
-        student,
-        teacher,
-        mask,
+    new = torch.empty if weights.any_on else torch.zeros
+    kind: Any = {"dtype": torch.float32, "device": batch.device}
+    loss, gradients, nothing = new((), **kind), new(shape, **kind), torch.empty(0, **kind)
+    if not weights.any_on:
+        return loss, gradients, nothing
+    in_turns = batch.items > tile.items
+    kernel, width = (_in_turns, {"WIDE": batch.wide}) if in_turns else (_small, {})
+    kernel[(1,)](
+        *batch.logits,
         loss,
         gradients,
-        batch,
-        classes,
-        *student.stride(),
-        *teacher.stride(),
-        0 if mask is None else mask.stride(0),
+        batch.items,
+        batch.classes,
+        *batch.strides,
         weights.exponent_scale,
         weights.temperature,
         weights.inter,
@@ -1082,11 +1396,13 @@ def _forward_small(
         RELEASED=weights.released,
         STUDENT=int(student_needs_grad),
         TEACHER=int(teacher_needs_grad),
-        ITEMS=items,
-        CLASSES=width,
-        num_warps=warps,
+        ITEMS=tile.items,
+        CLASSES=tile.classes,
+        num_warps=tile.warps,
+        maxnreg=_MAX_REGISTERS,
+        **width,
     )
-    return loss, gradients, torch.empty(0, dtype=torch.float32, device=student.device)
+    return loss, gradients, nothing
 
 
 def _backward_small(
@@ -1112,102 +1428,133 @@ def _backward_small(
     return student_gradient, teacher_gradient
 
 
-def _forward_medium(
-    student: Tensor, teacher: Tensor, mask: Tensor | None, weights: _Weights
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, classes = student.shape
-    items, width, warps = _stream_tile(classes)
-    processors, _ = _machine(student.device)
-    programs = min(triton.cdiv(batch, items), processors)
-    kind: Any = {"dtype": torch.float32, "device": student.device}
-    rows = torch.empty(_ROW_NUMBERS, batch, **kind)
-    partials = torch.empty(programs if weights.intra_on else 0, _MOMENTS, classes, **kind)
+# --- medium and large, forward
+
+
+class _Observation(NamedTuple):
+    """How rows and columns are observed: in one read by one kernel, or in two by two."""
+
+    once: bool
+    tile: Tile
+
+
+def _forward_large(batch: _Batch, weights: _Weights) -> tuple[Tensor, Tensor, Tensor]:
+    kind: Any = {"dtype": torch.float32, "device": batch.device}
+    rows = torch.empty(_ROW_NUMBERS, batch.items, **kind)
+    columns = torch.empty(_COLUMN_NUMBERS, batch.classes, **kind)
+    if not weights.any_on:
+        return torch.zeros((), **kind), rows, columns
+    partials = _observe_chosen(batch, rows, weights)
+    return _conclude_from(partials, rows, columns, batch.mask, weights), rows, columns
+
+
+def _observe_chosen(batch: _Batch, rows: Tensor, weights: _Weights) -> Tensor:
+    """Fill in the statistics of rows; return partial moments of columns (parts, 8, C)."""
+    plan = fastest(
+        _observations(batch, weights),
+        ("observation", *batch.kind, weights.flags),
+        lambda plan: _run_observation(plan, batch, rows, weights),
+    )
+    return _run_observation(plan, batch, rows, weights)
+
+
+def _observations(batch: _Batch, weights: _Weights) -> list[_Observation]:
+    """The choice, and what else may be tried.
+
+    One read saves as many bytes as it reads; its partial moments, written and read again, should
+    cost less. With few classes they stay in the L2 cache.
+    """
+    twice = [_Observation(False, tile) for tile in _MOMENT_TILES]
+    tile = next((each for each in _STREAM_TILES if batch.classes <= each.classes), None)
+    if tile is not None:
+        return [_Observation(True, tile), *twice]
+    if batch.wide == 1 or batch.classes > _WIDE_STREAM_TILE.classes:
+        return twice
+    once = [_Observation(True, _WIDE_STREAM_TILE)]
+    moment_bytes = 2 * 4 * _MOMENTS * batch.classes * _stream_programs(batch, _WIDE_STREAM_TILE)
+    if batch.items * batch.pair_bytes > moment_bytes or not weights.intra_on:
+        return once + twice
+    return twice + once
+
+
+def _stream_programs(batch: _Batch, tile: Tile) -> int:
+    processors, _ = _machine(batch.device)
+    blocks: int = triton.cdiv(batch.items, tile.items)
+    return min(blocks, processors)
+
+
+def _run_observation(plan: _Observation, batch: _Batch, rows: Tensor, weights: _Weights) -> Tensor:
+    if plan.once:
+        return _observe_once(plan.tile, batch, rows, weights)
+    return _observe_twice(plan.tile, batch, rows, weights)
+
+
+def _observe_once(tile: Tile, batch: _Batch, rows: Tensor, weights: _Weights) -> Tensor:
+    programs = _stream_programs(batch, tile)
+    partials = _new_partials(programs, batch, weights)
     _stream[(programs,)](
-        student,
-        teacher,
-        mask,
+        *batch.logits,
         rows,
         partials,
-        batch,
-        classes,
-        *student.stride(),
-        *teacher.stride(),
-        0 if mask is None else mask.stride(0),
+        batch.items,
+        batch.classes,
+        rows.stride(0),
+        *batch.strides,
         weights.exponent_scale,
         INTER=weights.inter_on,
         INTRA=weights.intra_on,
         RELEASED=weights.released,
-        ITEMS=items,
-        CLASSES=width,
-        num_warps=warps,
-        maxnreg=_MAX_REGISTERS,
-    )
-    columns = torch.empty(_COLUMN_NUMBERS, classes, **kind)
-    return _conclude_from(partials, rows, columns, mask, weights), rows, columns
-
-
-def _forward_large(
-    student: Tensor, teacher: Tensor, mask: Tensor | None, weights: _Weights
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, classes = student.shape
-    kind: Any = {"dtype": torch.float32, "device": student.device}
-    rows = torch.empty(_ROW_NUMBERS, batch, **kind)
-    columns = torch.empty(_COLUMN_NUMBERS, classes, **kind)
-    partials = _observe_large(student, teacher, mask, rows, weights)
-    if partials is None:
-        partials = columns[None]  # nobody reads it
-    return _conclude_from(partials, rows, columns, mask, weights), rows, columns
-
-
-def _observe_large(
-    student: Tensor, teacher: Tensor, mask: Tensor | None, rows: Tensor, weights: _Weights
-) -> Tensor | None:
-    """Fill in the statistics of rows; return partial moments of columns (splits, 8, C)."""
-    batch, classes = student.shape
-    mask_stride = 0 if mask is None else mask.stride(0)
-    _row_statistics[(batch,)](
-        student,
-        teacher,
-        mask,
-        rows,
-        classes,
-        rows.stride(0),
-        *student.stride(),
-        *teacher.stride(),
-        mask_stride,
-        weights.exponent_scale,
-        INTER=weights.inter_on,
-        BLOCK=_ROW_BLOCK,
-        num_warps=_ROW_WARPS,
-    )
-    if not weights.intra_on:
-        return None
-    items, width = _MOMENT_TILE
-    column_programs = triton.cdiv(classes, width)
-    processors, _ = _machine(student.device)
-    # Four programs per processor keep memory busy; more would only add partial moments to merge.
-    splits = min(triton.cdiv(4 * processors, column_programs), triton.cdiv(batch, items))
-    partials = torch.empty(splits, _MOMENTS, classes, dtype=torch.float32, device=student.device)
-    _column_moments[(column_programs, splits)](
-        student,
-        teacher,
-        mask,
-        rows,
-        partials,
-        batch,
-        classes,
-        rows.stride(0),
-        *student.stride(),
-        *teacher.stride(),
-        mask_stride,
-        weights.exponent_scale,
-        RELEASED=weights.released,
-        ITEMS=items,
-        CLASSES=width,
-        num_warps=_MOMENT_WARPS,
+        ITEMS=tile.items,
+        CLASSES=tile.classes,
+        WIDE=batch.wide,
+        num_warps=tile.warps,
         maxnreg=_MAX_REGISTERS,
     )
     return partials
+
+
+def _observe_twice(tile: Tile, batch: _Batch, rows: Tensor, weights: _Weights) -> Tensor:
+    _row_statistics[(batch.items,)](
+        *batch.logits,
+        rows,
+        batch.classes,
+        rows.stride(0),
+        *batch.strides,
+        weights.exponent_scale,
+        INTER=weights.inter_on,
+        BLOCK=_ROW_BLOCK,
+        WIDE=batch.wide,
+        num_warps=_ROW_WARPS,
+    )
+    column_programs = triton.cdiv(batch.classes, tile.classes)
+    processors, _ = _machine(batch.device)
+    # Four programs per processor keep memory busy; more would only add partial moments to merge.
+    splits = min(triton.cdiv(4 * processors, column_programs), triton.cdiv(batch.items, tile.items))
+    partials = _new_partials(splits, batch, weights)
+    if weights.intra_on:
+        _column_moments[(column_programs, splits)](
+            *batch.logits,
+            rows,
+            partials,
+            batch.items,
+            batch.classes,
+            rows.stride(0),
+            *batch.strides,
+            weights.exponent_scale,
+            RELEASED=weights.released,
+            ITEMS=tile.items,
+            CLASSES=tile.classes,
+            WIDE=batch.wide,
+            num_warps=tile.warps,
+            maxnreg=_MAX_REGISTERS,
+        )
+    return partials
+
+
+def _new_partials(parts: int, batch: _Batch, weights: _Weights) -> Tensor:
+    """Space for partial moments; none is needed without the intra-class term."""
+    shape = (parts if weights.intra_on else 0, _MOMENTS, batch.classes)
+    return torch.empty(shape, dtype=torch.float32, device=batch.device)
 
 
 def _conclude_from(
@@ -1232,7 +1579,6 @@ def _conclude_from(
         batch,
         classes,
         rows.stride(0),
-        0 if mask is None else mask.stride(0),
         column_programs,
         -weights.intra / (weights.temperature * classes),
         weights.eps,
@@ -1261,62 +1607,217 @@ def _conclude_from(
     return loss
 
 
-def shipped() -> list[Shipped]:
-    """Every tile that is ever launched, with all options on: what needs most registers.
+# --- medium and large, backward
 
-    That is both terms, both gradients, a mask, and rows in one piece, whose wide loads hold most
-    values at a time. The gradient is listed with the usual options too.
+
+class _GradientPlan(NamedTuple):
+    """How a gradient's rows are read twice, the second time from the L2 cache if they can be.
+
+    Either ``programs`` have whole rows each, or, if ``rows`` is not 0, so many rows at a time are
+    read by all programs for their sums, then by all for their gradient.
     """
-    terms: dict[str, object] = {"INTER": 1, "INTRA": 1, "RELEASED": 0}
-    both: dict[str, object] = {"STUDENT": 1, "TEACHER": 1}
-    merge: dict[str, object] = {"PARTS": _MERGE_TILE[0], "CLASSES": _MERGE_TILE[1]}
-    moments: dict[str, object] = {"ITEMS": _MOMENT_TILE[0], "CLASSES": _MOMENT_TILE[1]}
-    usual: dict[str, object] = {"mask": None, "teacher_gradient": None}
+
+    tile: Tile
+    programs: int
+    rows: int = 0
+
+
+def _gradient_plans(batch: _Batch, weights: _Weights) -> list[_GradientPlan]:
+    """The choice, and what else may be tried."""
+    tile = _first_that_holds(_GRADIENT_TILES, batch.classes)
+    blocks: int = triton.cdiv(batch.items, tile.items)
+    processors, cache = _machine(batch.device)
+    # Half of it: both of a large cache's partitions may hold a line, and coefficients stay there.
+    cache //= 2
+    at_once = _GradientPlan(tile, blocks)
+    if not weights.intra_on or batch.items * batch.pair_bytes <= cache:
+        return [at_once]
+    rows = cache // batch.pair_bytes // 8 * 8
+    in_chunks = [
+        _GradientPlan(tile, triton.cdiv(rows, tile.items), rows)
+        for tile in _CHUNK_TILES
+        if tile.items <= rows
+    ]
+    fitting = cache // (tile.items * batch.pair_bytes)
+    if fitting >= processors:  # fewer programs than could run, but none of the processors idle
+        return [_GradientPlan(tile, min(blocks, fitting)), *in_chunks]
+    # Less than this is read sooner from memory than by two more launches.
+    if cache < _LEAST_CHUNK_BYTES:
+        return [at_once, *in_chunks]
+    return [*in_chunks, at_once]
+
+
+def _run_gradient(
+    plan: _GradientPlan,
+    grad_output: Tensor,
+    batch: _Batch,
+    rows: Tensor,
+    columns: Tensor,
+    weights: _Weights,
+    gradients: tuple[Tensor | None, Tensor | None],
+) -> None:
+    if not plan.rows:
+        grid, none = (plan.programs, 1), (None, None)
+        _launch_gradient(
+            grid, plan.tile, 0, (0, batch.items), none, grad_output, batch, rows, columns,
+            weights, gradients,
+        )  # fmt: skip
+        return
+    segments = triton.cdiv(batch.classes, _SPAN)
+    sums = [None if each is None else rows.new_empty(segments, plan.rows) for each in gradients]
+    for first in range(0, batch.items, plan.rows):
+        last = min(first + plan.rows, batch.items)
+        grid = (triton.cdiv(last - first, plan.tile.items), segments)
+        _sums[grid](
+            *batch.logits,
+            rows,
+            columns,
+            *sums,
+            first,
+            last,
+            batch.classes,
+            rows.stride(0),
+            *batch.strides,
+            weights.exponent_scale,
+            RELEASED=weights.released,
+            ITEMS=plan.tile.items,
+            CLASSES=plan.tile.classes,
+            SPAN=_SPAN,
+            WIDE=batch.wide,
+            num_warps=plan.tile.warps,
+        )
+        _launch_gradient(
+            grid, plan.tile, _SPAN, (first, last), sums, grad_output, batch, rows, columns,
+            weights, gradients,
+        )  # fmt: skip
+
+
+def _launch_gradient(
+    grid: tuple[int, int],
+    tile: Tile,
+    span: int,
+    items: tuple[int, int],
+    sums: Sequence[Tensor | None],
+    grad_output: Tensor,
+    batch: _Batch,
+    rows: Tensor,
+    columns: Tensor,
+    weights: _Weights,
+    gradients: tuple[Tensor | None, Tensor | None],
+) -> None:
+    _gradient[grid](
+        grad_output,
+        *batch.logits,
+        rows,
+        columns,
+        *sums,
+        *gradients,
+        *items,
+        batch.classes,
+        grid[1],
+        rows.stride(0),
+        *batch.strides,
+        weights.exponent_scale,
+        weights.inter_slope,
+        weights.eps,
+        INTER=weights.inter_on,
+        INTRA=weights.intra_on,
+        RELEASED=weights.released,
+        ITEMS=tile.items,
+        CLASSES=tile.classes,
+        SPAN=span,
+        PARTS=_PARTS,
+        WIDE=batch.wide,
+        num_warps=tile.warps,
+    )
+
+
+# --- what can be launched -------------------------------------------------------------------------
+
+
+def shipped() -> list[Shipped]:
+    """Everything that can be launched: tiles by options by dtypes, all options on first.
+
+    float16 is not listed: its kernels differ from bfloat16's in conversions alone.
+    """
+    terms = [{"INTER": 1, "INTRA": 1}, {"INTER": 0, "INTRA": 1}, {"INTER": 1, "INTRA": 0}]
+    released = _either("RELEASED", 0, 1)
+    masks = [{}, {"mask": None}]
+    sides = [{}, {"teacher_gradient": None}, {"student_gradient": None}]
+    flags = [{"STUDENT": s, "TEACHER": t} for s, t in ((1, 1), (1, 0), (0, 1), (0, 0))]
+    summed = [side | _sums_of(side) for side in sides]
+    whole = {"SPAN": 0, "PARTS": _PARTS, "student_sums": None, "teacher_sums": None}
+    chunk = {"SPAN": _SPAN, "PARTS": _PARTS}
+    merge = [{"PARTS": _MERGE_TILE[0], "CLASSES": _MERGE_TILE[1]}]
+    wide = _either("WIDE", 1, _WIDE)
+    most = _MAX_REGISTERS
     return [
-        *(
-            _shipped(_small, terms | both | {"ITEMS": items, "CLASSES": classes}, warps)
-            for items, classes, warps in _SMALL_TILES
+        *_tiled(_small, _SMALL_TILES, terms, released, flags, masks, maxnreg=most),
+        *_tiled(_in_turns, _TURN_TILES, terms, released, flags, masks, wide, maxnreg=most),
+        *_products(_scale, 4, [{"BLOCK": _SCALE_BLOCK}], sides),
+        *_tiled(_stream, _STREAM_TILES, terms, released, masks, wide, maxnreg=most),
+        *_tiled(_stream, [_WIDE_STREAM_TILE], terms, released, masks, wide[1:], maxnreg=most),
+        *_products(
+            _row_statistics,
+            _ROW_WARPS,
+            [{"BLOCK": _ROW_BLOCK}],
+            _either("INTER", 1, 0),
+            masks,
+            wide,
         ),
-        _shipped(_scale, {"BLOCK": _SCALE_BLOCK}, 4),
-        *(
-            _shipped(_stream, terms | {"ITEMS": items, "CLASSES": classes}, warps, _MAX_REGISTERS)
-            for items, classes, warps in _STREAM_TILES
-        ),
-        _shipped(_row_statistics, {"INTER": 1, "BLOCK": _ROW_BLOCK}, _ROW_WARPS),
-        *(
-            _shipped(
-                _column_moments, moments | {"RELEASED": released}, _MOMENT_WARPS, _MAX_REGISTERS
-            )
-            for released in (0, 1)
-        ),
-        _shipped(_observe, merge, _MERGE_WARPS),
-        _shipped(_conclude, terms | merge | {"ITEMS": _SUM_BLOCK}, _MERGE_WARPS),
-        _shipped(_loss, {"INTER": 1, "INTRA": 1, "BLOCK": _SUM_BLOCK}, 4),
-        *(
-            _shipped(_gradient, terms | {"ITEMS": items, "CLASSES": classes} | options, warps)
-            for items, classes, warps in _GRADIENT_TILES
-            for options in ({}, usual)
-        ),
+        *_tiled(_column_moments, _MOMENT_TILES, released, masks, wide, maxnreg=most),
+        *_products(_observe, _MERGE_WARPS, merge),
+        *_products(_conclude, _MERGE_WARPS, merge, [{"ITEMS": _SUM_BLOCK}], terms, released, masks),
+        *_products(_loss, 4, [{"BLOCK": _SUM_BLOCK}], terms),
+        *_tiled(_sums, _CHUNK_TILES, [{"SPAN": _SPAN}], released, summed, masks, wide),
+        *_tiled(_gradient, _GRADIENT_TILES, [whole], terms, released, sides, masks, wide),
+        *_tiled(_gradient, _CHUNK_TILES, [chunk], terms[:2], released, summed, masks, wide),
     ]
 
 
-def _shipped(
-    kernel: Any, constants: dict[str, object], warps: int, maxnreg: int | None = None
-) -> Shipped:
-    unit_strides = dict.fromkeys(
-        ("student_column_stride", "teacher_column_stride", "mask_stride"), 1
-    )
-    names = kernel.arg_names
-    constants = {name: value for name, value in (unit_strides | constants).items() if name in names}
-    signature = {name: _SIGNATURE.get(name, "*fp32") for name in names if name not in constants}
-    return Shipped(kernel, signature, constants, warps, 3, maxnreg)
+_Options = Sequence[Mapping[str, object]]
 
 
+def _either(name: str, *values: int) -> _Options:
+    return [{name: value} for value in values]
+
+
+def _sums_of(side: Mapping[str, object]) -> dict[str, object]:
+    return {name.replace("gradient", "sums"): value for name, value in side.items()}
+
+
+def _tiled(
+    kernel: Any, tiles: Sequence[Tile], *options: _Options, maxnreg: int | None = None
+) -> Iterator[Shipped]:
+    for tile in tiles:
+        sizes = [{"ITEMS": tile.items, "CLASSES": tile.classes}]
+        yield from _products(kernel, tile.warps, sizes, *options, maxnreg=maxnreg)
+
+
+def _products(
+    kernel: Any, warps: int, *options: _Options, maxnreg: int | None = None
+) -> Iterator[Shipped]:
+    """Every choice of one of each of the options, for logits in full or half precision."""
+    for chosen in product(*options):
+        constants = {name: value for each in chosen for name, value in each.items()}
+        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        names = [name for name in kernel.arg_names if name not in constants]
+        sides = {"student", "teacher"} & {name.split("_")[0] for name in names if name in _LOGITS}
+        for kinds in product(("bf16", "fp32"), repeat=len(sides)):
+            dtypes = dict(zip(sorted(sides), kinds, strict=True))
+            signature = {
+                name: f"*{dtypes[name.split('_')[0]]}"
+                if name in _LOGITS
+                else _SIGNATURE.get(name, "*fp32")
+                for name in names
+            }
+            yield Shipped(kernel, signature, constants, warps, 3, maxnreg)
+
+
+_LOGITS = ("student", "teacher", "student_gradient", "teacher_gradient")
 _SIGNATURE = (
-    dict.fromkeys(("student", "teacher", "student_gradient", "teacher_gradient"), "*bf16")
-    | dict.fromkeys(
-        ("B", "C", "N", "P", "student_row_stride", "teacher_row_stride", "rows_stride"), "i32"
-    )
+    dict.fromkeys(("B", "C", "N", "P", "first", "segments"), "i32")
+    | dict.fromkeys(("student_row_stride", "teacher_row_stride", "rows_stride"), "i32")
     | dict.fromkeys(("column_programs", "row_programs"), "i32")
     | dict.fromkeys(("exponent_scale", "temperature", "inter", "intra", "eps", "slope"), "fp32")
     | {"mask": "*i1"}
