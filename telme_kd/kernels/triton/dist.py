@@ -49,9 +49,9 @@ Logits are read as they lie if a row's classes are next to each other, else from
 kernel is compiled once for all sizes and strides (``_kernel``), and with wide loads if all rows
 begin and end at multiples of eight classes.
 
-Tile sizes and warps follow from arithmetic and from register counts of compiled kernels (none
-spills on sm_80 and sm_90); the limits between the plans were not measured on a GPU.
-``launch.fastest`` can measure them on the user's.
+Tile sizes and warps follow from arithmetic and from register counts of compiled kernels (none of
+what ``tests.helpers.registers`` picks spills on sm_80 and sm_90); the limits between the plans were
+not measured on a GPU. ``launch.fastest`` can measure them on the user's.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""Every shipped Triton kernel compiles for sm_80 and sm_90 and spills no register.
+"""Shipped Triton kernels compile for sm_80 and sm_90 and spill no register; see ``registers.jobs``.
 
 ``python -m tests.helpers.registers MODULE`` prints the table behind it.
 """
