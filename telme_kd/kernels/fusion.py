@@ -308,7 +308,7 @@ def _(
     saved: list[Tensor] = []
     if needs_grad:
         dtype = _computed_in((anchor, gate, value))
-        saved = _passes(backend).empty_saved(anchor, dtype, norm_eps=norm_eps)
+        saved = _passes(backend).empty_saved(anchor, dtype, eps=eps, norm_eps=norm_eps)
     return [anchor.new_empty(anchor.shape, dtype=output_dtype), *saved]
 
 

@@ -6,10 +6,13 @@ LayerNorm's backward turns into D, and w = H / |H| where the shift is bounded, H
     free:     Z = F + H               dF = D                             dH = D
     bounded:  Z = F + theta |F| w     dF = D + theta <D, w> F / |F|      dH = lambda (D - <D, w> w)
 
-and with the released constant |H| + eps in place of |H| in w and lambda, and dH's second term
-times (|H| + eps) / |H|. Then d value = g dH and d gate = v dH where g > 0; where the gate is closed
-both are 0, whatever dH is. Kept for backward: w, Z, and a few numbers per row; g and v are computed
-again.
+and with the released constant |H| + eps in place of |H| in w and lambda, and H / |H| for the last
+w. Then d value = g dH and d gate = v dH where g > 0; where the gate is closed both are 0, whatever
+dH is. Kept for backward: w (with the constant H, since nothing then divides by it), Z, and a few
+numbers per row; g and v are computed again.
+
+Small batches cost what PyTorch's calls cost, one to two microseconds each: whatever only backward
+needs is left to backward, where it is fewer calls.
 
 Large batches are worked through in blocks of rows, whose temporaries stay in the cache and in
 memory that the process already holds: fresh pages cost more than the arithmetic on them.
@@ -24,12 +27,13 @@ what is kept is divided by exactly the share that is kept: the expectation is un
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_BLOCK = 2**16
+_BLOCK = 2**17
 """Elements of a block per thread."""
 
 _LEVELS = 2**16
@@ -64,12 +68,16 @@ def _kept(bits: Tensor, rate: float, dtype: torch.dtype) -> Tensor:
     return decisions.mul_(_LEVELS / (_LEVELS - dropped))
 
 
-def empty_saved(anchor: Tensor, dtype: torch.dtype, *, norm_eps: float | None) -> list[Tensor]:
+def empty_saved(
+    anchor: Tensor, dtype: torch.dtype, *, eps: float | None, norm_eps: float | None
+) -> list[Tensor]:
     """Return tensors like those that forward saves, their contents undefined."""
-    matrices, per_row = (1, 3) if norm_eps is None else (2, 5)
-    return [anchor.new_empty(anchor.shape, dtype=dtype) for _ in range(matrices)] + [
-        anchor.new_empty((anchor.shape[0], 1), dtype=dtype) for _ in range(per_row)
-    ]
+    matrix = partial(anchor.new_empty, anchor.shape, dtype=dtype)
+    number = partial(anchor.new_empty, (anchor.shape[0], 1), dtype=dtype)
+    saved = [matrix(), number(), number(dtype=torch.bool), number()]
+    if eps is not None:
+        saved += [number(), number()]
+    return saved if norm_eps is None else [*saved, matrix(), number(), number()]
 
 
 def forward(
@@ -114,7 +122,7 @@ def forward(
             shifted, shifted.shape[-1:], _as(norm_weight, dtype), _as(norm_bias, dtype), norm_eps
         )
         if needs_grad:
-            saved = [direction, shifted, *numbers, mean, scale]
+            saved += [shifted, mean, scale]
     if noise is not None:
         output.mul_(kept(noise, anchor.shape, rate, dtype))
     return _in(output, output_dtype), saved
@@ -134,7 +142,7 @@ def _shift(
     dtype: torch.dtype,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return Z and w, in the places given, and lambda and two factors for backward."""
+    """Return Z and w (or H), in the places given, and what ``_pull_back`` needs of every row."""
     anchor, value = _in(anchor, dtype), _biased(value, value_bias, dtype)
     if gate_bias is None:
         opened = torch.relu(_in(gate, dtype))
@@ -145,22 +153,23 @@ def _shift(
         anchor_length, divisor = _length_in_range(anchor), _length_in_range(direction)
         allowed = anchor_length * threshold
         free = divisor <= allowed  # NaN is not free, so that it reaches every entry
-        stretch = torch.logical_not(free) if needs_grad else free
-    else:
-        anchor_length, length = _length(anchor), _length(direction)
-        allowed = anchor_length * threshold
-        divisor = torch.where(torch.logical_not(length), 1.0, length) + eps
-        free = allowed > divisor
-        stretch = divisor / length.clamp_min_(_SHORTEST[dtype])
-        stretch.masked_fill_(free, 0.0)
-    divisor.masked_fill_(free, 1.0)
-    allowed.masked_fill_(free, 1.0)
-    shifted = torch.addcmul(anchor, direction.div_(divisor), allowed, out=shifted)
+        divisor.masked_fill_(free, 1.0)
+        allowed.masked_fill_(free, 1.0)
+        shifted = torch.addcmul(anchor, direction.div_(divisor), allowed, out=shifted)
+        if not needs_grad:
+            return shifted, direction, []
+        anchor_length.clamp_min_(_SHORTEST[dtype] * max(1.0, threshold))
+        return shifted, direction, [allowed.div_(divisor), free, anchor_length]
+    anchor_length = _length(anchor)
+    length = torch.threshold(_length(direction), 0.0, 1.0)  # 1 where it is 0
+    divisor = length + eps
+    ratio = (anchor_length * threshold).div_(divisor)
+    shortening = ratio.clamp(max=1.0)
+    shifted = torch.addcmul(anchor, direction, shortening, out=shifted)
     if not needs_grad:
         return shifted, direction, []
-    pull = anchor_length.clamp_min_(_SHORTEST[dtype] * max(1.0, threshold)).reciprocal_()
-    pull.mul_(threshold).masked_fill_(free, 0.0)
-    return shifted, direction, [allowed.div_(divisor), pull, _in(stretch, dtype)]
+    torch.threshold_(anchor_length, 0.0, 1.0)
+    return shifted, direction, [shortening, ratio > 1.0, anchor_length, divisor, length]
 
 
 def backward(
@@ -188,7 +197,7 @@ def backward(
     if noise is not None:
         grad = kept(noise, anchor.shape, rate, dtype).mul_(grad)
     if norm_eps is not None:
-        direction, shifted, *numbers, mean, scale = saved
+        direction, *numbers, shifted, mean, scale = saved
         grad, gradients[5], gradients[6] = _layer_norm_backward(
             grad,
             shifted,
@@ -206,6 +215,7 @@ def backward(
         options: Any = {
             "gate_bias": _as(gate_bias, dtype),
             "value_bias": _as(value_bias, dtype),
+            "threshold": threshold,
             "anchor_needs_grad": needs_grad[0],
         }
         if anchor.shape[0] <= _rows_per_block(anchor):
@@ -235,25 +245,34 @@ def _pull_back(
     value: Tensor,
     direction: Tensor,
     shortening: Tensor,
-    pull: Tensor,
-    stretch: Tensor,
-    *,
+    free: Tensor,
+    anchor_length: Tensor,
+    *of_constant: Tensor,
     to_anchor: Tensor | None = None,
     to_gate: Tensor | None = None,
     to_value: Tensor | None = None,
     gate_bias: Tensor | None,
     value_bias: Tensor | None,
+    threshold: float,
     anchor_needs_grad: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Return the gradients of anchor, gate and value, in the places given, from dL / dZ."""
     dtype, largest = grad.dtype, _LARGEST[grad.dtype]
     to_value = torch.mul(grad, direction, out=to_value)
-    # In a free row this may overflow, and is multiplied by 0.
-    along = to_value.sum(dim=-1, keepdim=True).clamp_(-largest, largest)
+    along = to_value.sum(dim=-1, keepdim=True)
+    if of_constant:
+        divisor, length = of_constant
+        along.div_(divisor)
+    along.masked_fill_(free, 0.0)
     if anchor_needs_grad:
-        pulled = torch.mul(along, pull).clamp_(-largest, largest)  # of an anchor of 0 or nearly
-        to_anchor = torch.addcmul(grad, _in(anchor, dtype), pulled, out=to_anchor)
-    to_gate = torch.addcmul(grad, direction, along.mul_(stretch), value=-1.0, out=to_gate)
+        pulled = along / anchor_length
+        if not of_constant:
+            pulled.clamp_(-largest, largest)  # of an anchor of 0 or nearly
+        anchor = _in(anchor, dtype)
+        to_anchor = torch.addcmul(grad, anchor, pulled, value=threshold, out=to_anchor)
+    if of_constant:
+        along.div_(length)
+    to_gate = torch.addcmul(grad, direction, along, value=-1.0, out=to_gate)
     gate = _in(gate, dtype) if gate_bias is None else torch.add(gate, gate_bias, out=to_value)
     _threshold_backward(to_gate.mul_(shortening), gate, 0, grad_input=to_gate)
     torch.mul(to_gate, gate, out=to_value)

@@ -418,7 +418,9 @@ def kept(seed: Tensor, shape: Sequence[int], rate: float, dtype: torch.dtype) ->
     return output
 
 
-def empty_saved(anchor: Tensor, dtype: torch.dtype, *, norm_eps: float | None) -> list[Tensor]:
+def empty_saved(
+    anchor: Tensor, dtype: torch.dtype, *, eps: float | None, norm_eps: float | None
+) -> list[Tensor]:
     """Return tensors like those that forward saves, their contents undefined.
 
     Per row, norm and unit of anchor and displacement, then mean and scale of LayerNorm.
@@ -448,7 +450,7 @@ def forward(
     batch, width = anchor.shape
     anchor, gate, value = _rows(anchor), _rows(gate), _rows(value)
     output = torch.empty((batch, width), dtype=output_dtype, device=anchor.device)
-    saved = empty_saved(anchor, dtype, norm_eps=norm_eps) if needs_grad else []
+    saved = empty_saved(anchor, dtype, eps=eps, norm_eps=norm_eps) if needs_grad else []
     block, warps = _block(width)
     if batch:
         with device_of(anchor):

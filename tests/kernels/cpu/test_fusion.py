@@ -40,7 +40,7 @@ def test_blocks_of_rows_change_no_bit_of_a_row(
             needs_grad=[tensor is not None for tensor in tensors[:7]],
         )
         shapes = [(tensor.shape, tensor.dtype) for tensor in saved]
-        expected = cpu.empty_saved(rows[0], torch.float32, norm_eps=norm_eps)
+        expected = cpu.empty_saved(rows[0], torch.float32, eps=eps, norm_eps=norm_eps)
         assert shapes == [(tensor.shape, tensor.dtype) for tensor in expected]
         results.append([output, *gradients])
     for blocked in results[:2]:
