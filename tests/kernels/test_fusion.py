@@ -163,6 +163,31 @@ def test_rows_of_any_magnitude_shift_as_defined(
         assert ((our - true).abs() <= 2e-6 * size + torch.finfo(torch.float32).tiny).all()
 
 
+@pytest.mark.parametrize("anchor_scale", [0.0, 1e-25, 1e-8, 1.0])
+@pytest.mark.parametrize("scale", [0.0, 1e-25, 1e-8, 1.0])
+@pytest.mark.parametrize("threshold", [0.1, 10.0])
+def test_released_formula_keeps_its_gradients_where_its_squares_vanish(
+    backend: Any, anchor_scale: float, scale: float, threshold: float
+) -> None:
+    anchor, gate, value, *_ = tensors_of(7, 16)
+    assert anchor is not None
+    assert gate is not None
+    assert value is not None
+    rows = [
+        (anchor * anchor_scale).detach().requires_grad_(),
+        gate,
+        (value * scale).detach().requires_grad_(),
+    ]
+    tensors = [*rows, None, None, None, None]
+    options = options_of(threshold=threshold, eps=1e-6, norm_eps=None)
+    ours = outcome(operator.gate_and_shift, tensors, **options, backend=backend)
+    kept = {name: options[name] for name in ("threshold", "eps", "norm_eps")}
+    eager = outcome(reference.gate_and_shift, tensors, **kept)
+    for our, theirs in zip(ours, eager, strict=True):
+        size = theirs.abs().amax(dim=-1, keepdim=True)
+        assert ((our - theirs).abs() <= 2e-6 * size + torch.finfo(torch.float32).tiny).all()
+
+
 def test_displacement_is_added_to_the_bit_where_it_is_free(backend: Any) -> None:
     anchor, gate, value, *_ = tensors_of()
     options = options_of(threshold=1e6, norm_eps=None)

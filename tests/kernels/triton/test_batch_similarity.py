@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from telme_kd.reference.batch_similarity import batch_similarity_loss
 from tests.helpers import tolerances
 from tests.helpers.strategies import Features
+from tests.helpers.synchronisation import NoValueIsRead
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -36,10 +37,11 @@ def fused(
     *,
     temperature: float = 0.5,
     grad_output: float = 1.0,
+    upstream: Tensor | None = None,
     chunk: int = 13,
 ) -> Result:
     """Loss and both gradients by one plan, whatever the shape and dtype would choose."""
-    upstream = torch.tensor(grad_output)
+    upstream = torch.tensor(grad_output) if upstream is None else upstream
     if plan == "streaming":
         loss, rows = kernels._forward_streaming(student, teacher, mask, temperature)
         gradients = [
@@ -386,6 +388,17 @@ def test_passes_save_what_they_say_and_give_what_is_asked_for(
             assert (ours is not None) is asked
             if ours is not None:
                 torch.testing.assert_close(ours.double(), theirs, rtol=2e-3, atol=1e-4)
+
+
+@ALL_PLANS
+def test_no_pass_makes_a_gpu_wait(plan: str) -> None:
+    student, teacher = pair(18, 8)
+    mask, upstream = kept_items(18), torch.tensor(0.5)
+    with NoValueIsRead():
+        for given in (None, mask):
+            fused(plan, student, teacher, given, upstream=upstream)
+        with pytest.raises(AssertionError, match="would make a GPU wait"):
+            student[mask]  # the mode does see what it is to see
 
 
 @ALL_PLANS

@@ -13,6 +13,8 @@ from telme_kd.kernels import fusion as operator
 triton = pytest.importorskip("triton")
 from telme_kd.kernels.triton import fusion as kernels  # noqa: E402
 
+from tests.helpers.synchronisation import NoValueIsRead
+
 NAMES = ("anchor", "gate", "value", "gate_bias", "value_bias", "norm_weight", "norm_bias")
 
 
@@ -30,8 +32,10 @@ def outcome(backend: str, batch: int, width: int, **changed: Any) -> dict[str, T
         **changed,
     }
     output = operator.gate_and_shift(*tensors, **options, backend=backend)
-    gradients = torch.autograd.grad(output, tensors, torch.randn(batch, width, generator=generator))
-    return {"output": output.detach(), **dict(zip(NAMES, gradients, strict=True))}
+    upstream = torch.randn(batch, width, generator=generator)
+    gradients = torch.autograd.grad(output, tensors, upstream, allow_unused=True)
+    found = zip(NAMES, gradients, strict=True)
+    return {"output": output.detach(), **{name: x for name, x in found if x is not None}}
 
 
 @pytest.mark.parametrize("eps", [None, 1e-6], ids=["exact", "released"])
@@ -69,6 +73,14 @@ def test_seed_is_a_tensor_on_the_device_of_the_rows() -> None:
     seed = kernels.draw(torch.empty(3, 4))
     assert seed.shape == (1,)
     assert seed.dtype is torch.int64
+
+
+def test_no_pass_makes_a_gpu_wait() -> None:
+    with NoValueIsRead():
+        for changed in ({}, {"eps": 1e-6}, {"rate": 0.5}, {"norm_eps": None, "rate": 0.5}):
+            outcome("triton", 3, 24, **changed)
+        with pytest.raises(AssertionError, match="would make a GPU wait"):
+            bool(torch.ones(1) > 0)  # the mode does see what it is to see
 
 
 @pytest.mark.parametrize(
