@@ -25,6 +25,7 @@ The number of backward's programs follows from arithmetic and was not measured o
 # An ``if`` that Triton decides while compiling stands alone.
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -559,6 +560,7 @@ def backward(
                 UNIT=_unit(block),
                 BLOCK=block,
                 num_warps=warps,
+                maxnreg=_max_registers(block, anchor=needs_grad[0]),
             )
             if parameters:
                 _sum_kernel[(triton.cdiv(width, _SUM_TILE[1]), 4 if norm_eps is not None else 2)](
@@ -580,6 +582,17 @@ def backward(
 
 def _block(width: int) -> tuple[int, int]:
     return next((block, warps) for block, warps in _BLOCKS if width <= block)
+
+
+def _max_registers(block: int, *, anchor: bool) -> int | None:
+    """What a thread of backward may have, if ptxas is to be told.
+
+    Told nothing it saves registers for programs that are not there, and spills; told the limit of
+    the widest rows, it spills where the anchor's gradient comes on top.
+    """
+    if block <= _ANY_WIDTH:
+        return 255
+    return None if anchor else 128
 
 
 def _where_sums_are(block: int) -> int:
@@ -609,31 +622,46 @@ def _or_ones(parameter: Tensor | None, anchor: Tensor) -> Tensor:
 
 
 def shipped() -> list[Shipped]:
-    """Return the specialisations that need the most registers.
+    """Return the specialisations that need the most registers, in every dtype.
 
-    Float16 compiles as bfloat16 does, and a kernel without LayerNorm, dropout or some gradient is
-    the same with less in it.
+    Dtypes are converted as they are loaded and stored; "mixed" is what autocast gives, float32 but
+    for the products. A flag that is off leaves something out and adds nothing, and ptxas spills
+    only what does not fit the limit it is told: with the narrower blocks all flags stay far below
+    that, so they are listed on, without and with LayerNorm. The widest rows come close to it; all
+    combinations are listed. (All combinations of all blocks were compiled in float32, for sm_80 and
+    sm_90, and none spills.) Of the sums' four outputs any may be missing, likewise.
     """
-    largest = {"NORM": 1, "DROPOUT": 1}
     tile = {"ROWS": _SUM_TILE[0], "COLUMNS": _SUM_TILE[1]}
-    found = [_shipped(_sum_kernel, rows, tile, _SUM_WARPS) for rows in ("fp32", "bf16")]
+    found = [_shipped(_sum_kernel, rows, tile, _SUM_WARPS) for rows in _DTYPES]
     for block, warps in _BLOCKS:
         found.append(_shipped(_kept_kernel, "fp32", {"BLOCK": block}, warps))
-        for rows in ("fp32", "bf16"):
-            for released in (0, 1):
-                constants = {"RELEASED": released, **largest, "BLOCK": block}
-                forward_constants = {**constants, "KEEP_NUMBERS": 1}
-                backward_constants = {
-                    **constants,
-                    "ANCHOR": 1,
-                    "PARAMETERS": _where_sums_are(block),
-                    "UNIT": _unit(block),
-                }
-                found.append(_shipped(_forward_kernel, rows, forward_constants, warps))
-                found.append(_shipped(_backward_kernel, rows, backward_constants, warps))
+        for released, norm, dropout, anchor, parameters in product((0, 1), repeat=5):
+            full = dropout and anchor and parameters
+            if not full and block <= _ANY_WIDTH:
+                continue
+            common: dict[str, object] = {
+                "RELEASED": released,
+                "NORM": norm,
+                "DROPOUT": dropout,
+                "BLOCK": block,
+            }
+            backward_constants = {
+                **common,
+                "ANCHOR": anchor,
+                "PARAMETERS": _where_sums_are(block) if parameters else 0,
+                "UNIT": _unit(block),
+            }
+            for rows in _DTYPES if full else _DTYPES[:1]:
+                limit = _max_registers(block, anchor=bool(anchor))
+                found.append(_shipped(_backward_kernel, rows, backward_constants, warps, limit))
+                if full and norm:
+                    forward_constants = {**common, "KEEP_NUMBERS": 1}
+                    found.append(_shipped(_forward_kernel, rows, forward_constants, warps))
     return found
 
 
+_DTYPES = ("fp32", "bf16", "fp16", "mixed")
+_PRODUCTS = ("gate", "value", "to_gate", "to_value")
 _WORDS = {
     "batch": "i32",
     "width": "i32",
@@ -647,7 +675,13 @@ _WORDS = {
 _SCALARS = ("threshold", "eps", "norm_eps", "rate")
 
 
-def _shipped(kernel: Any, rows: str, constants: Mapping[str, object], warps: int) -> Shipped:
+def _shipped(
+    kernel: Any,
+    rows: str,
+    constants: Mapping[str, object],
+    warps: int,
+    maxnreg: int | None = None,
+) -> Shipped:
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
@@ -656,6 +690,8 @@ def _shipped(kernel: Any, rows: str, constants: Mapping[str, object], warps: int
             signature[name] = "i32"
         elif name in _SCALARS:
             signature[name] = "fp32"
+        elif rows == "mixed":
+            signature[name] = _WORDS.get(name, "*bf16" if name in _PRODUCTS else "*fp32")
         else:
             signature[name] = _WORDS.get(name, f"*{rows}")
-    return Shipped(kernel, signature, constants, warps, num_stages=3)
+    return Shipped(kernel, signature, constants, warps, 3, maxnreg)
