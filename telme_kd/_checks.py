@@ -5,11 +5,12 @@ types, shapes, dtypes and devices, never at a tensor's values: nothing here make
 """
 
 import math
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import get_args
+from typing import TypeVar, get_args
 
 import torch
 import torch.distributed
@@ -28,6 +29,8 @@ from telme_kd.errors import (
 
 # What stands between the code that warns and the code that called: of modules, PyTorch's call too.
 _INNER = ("telme_kd.", "torch.nn.modules.module.")
+
+Word = TypeVar("Word", bound=str)
 
 _BACKENDS: tuple[str, ...] = get_args(Backend)
 _ATTEND_OVER: tuple[str, ...] = get_args(AttendOver)
@@ -306,6 +309,30 @@ def integer(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise DTypeError(f"{name}: expected an integer, got {_kind(value)}; use int(...)")
     return int(value)
+
+
+def environment_word(name: str, allowed: Sequence[Word]) -> Word:
+    """Return the word that an environment variable holds; the first if it is not set."""
+    given = os.environ.get(name, allowed[0])
+    for word in allowed:
+        if given == word:
+            return word
+    words = ", ".join(map(repr, allowed))
+    raise RangeError(
+        f"{name}: expected one of {words} in the environment, got {given!r}; "
+        f"leave it unset for {allowed[0]!r}"
+    )
+
+
+def environment_integer(name: str, default: int) -> int:
+    """Return the integer of 1 or more that an environment variable holds, or a default."""
+    given = os.environ.get(name, str(default))
+    if not given.isdecimal() or int(given) < 1:
+        raise RangeError(
+            f"{name}: expected an integer >= 1 in the environment, got {given!r}; "
+            f"leave it unset for {default}"
+        )
+    return int(given)
 
 
 def _axis_of(name: str, axis: int, value_name: str, value: Tensor) -> int:

@@ -77,6 +77,29 @@ def test_probability_lies_in_a_half_open_interval(value: float) -> None:
     assert _checks.probability("x", value) == value
 
 
+def test_environment_decides_or_leaves_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("auto", "streaming", "chunked")
+    monkeypatch.delenv("PLAN", raising=False)
+    assert _checks.environment_word("PLAN", words) == "auto"
+    assert _checks.environment_integer("PLAN", 7) == 7
+    for word in words:
+        monkeypatch.setenv("PLAN", word)
+        assert _checks.environment_word("PLAN", words) == word
+    monkeypatch.setenv("PLAN", "12")
+    assert _checks.environment_integer("PLAN", 7) == 12
+
+
+@pytest.mark.parametrize("held", ["", "Streaming", "0", "-1", "1.5", "1e9"])
+def test_environment_that_makes_no_sense_is_refused(
+    monkeypatch: pytest.MonkeyPatch, held: str
+) -> None:
+    monkeypatch.setenv("PLAN", held)
+    with pytest.raises(RangeError, match="PLAN: expected one of 'auto', 'chunked' in the"):
+        _checks.environment_word("PLAN", ("auto", "chunked"))
+    with pytest.raises(RangeError, match="PLAN: expected an integer >= 1 in the"):
+        _checks.environment_integer("PLAN", 7)
+
+
 def test_eps_may_be_none_or_zero() -> None:
     assert _checks.optional_eps(None) is None
     assert _checks.optional_eps(0) == 0.0

@@ -15,22 +15,38 @@ delta = log Q - log P where that is small: near-equal probabilities are never su
 plan       serves                      launches (forward + back)    FLOP        memory beside inputs
 =========  ==========================  ===========================  ==========  ====================
 small      B <= 64                     1 + 1, gradient in forward   6 B^2 d     B d (the gradient)
-streaming  float16, bfloat16, B > 64   4 + 1                        12 B^2 d    10 B numbers
-chunked    float32, B > 64             5 + 4 per chunk, + 1         6 B^2 d     3 B d, and a chunk
+streaming  float16, bfloat16           4 + 1                        12 B^2 d    10 B numbers
+           float32, B > 32768          4 + 1                        10 B^2 d    10 B numbers
+chunked    float32, B <= 32768         5 + 4 per chunk, + 1         6 B^2 d     3 B d, and a chunk
 =========  ==========================  ===========================  ==========  ====================
 
-The streaming plan never holds a B x B matrix: both passes compute tiles of cosines. Softmaxes keep
-a running maximum, so any temperature will do. The chunked plan takes ``_CHUNK_BYTES`` of cosines at
-a time from cuBLAS. A pair of different dtypes is treated as float32. The teacher's gradient, where
-it is asked for, costs another 14 B^2 d (streaming) or 6 B^2 d.
+The streaming plan never holds a B x B matrix: both passes compute tiles of cosines, 4 B^2 d each,
+and the gradient adds 2 B^2 d, or 4 (see below). That counts features of up to 768 columns whose
+rows begin at multiples of 16 bytes; a program holds no more, and every further 768 (512 of other
+layouts) make the cosines anew. What limits it is reading: all teachers pass once per 16 students.
+Of bfloat16, aligned rows of up to 768 columns, a program keeps its own items in shared memory and
+reads the others once for all products, a third of what it would read else. Softmaxes keep a running
+maximum, so any temperature will do. The chunked plan takes ``_CHUNK_BYTES`` of cosines at a time
+from cuBLAS. A pair of different dtypes is treated as float32. The teacher's gradient, where it is
+asked for, costs another 6 B^2 d chunked, and streaming about three times that.
+
+Time against memory: of float32 the streaming plan makes 10 / 6 of the products, outside cuBLAS; the
+chunked plan needs room for unit rows. ``TELME_KD_SIMILARITY_PLAN`` and
+``TELME_KD_SIMILARITY_CHUNK_BYTES`` in the environment settle it otherwise.
 
 **Precision of matrix products.** Never TF32 unasked: in our kernels, float32 products are IEEE
 (``input_precision="ieee"``); those of the chunked plan go to cuBLAS and follow PyTorch's setting
-(``torch.backends.cuda.matmul``) as the reference's do: IEEE, unless the user asked for TF32.
-Products of two half-precision features are exact in float32, which accumulates them. Cosines,
-softmaxes and sums are float32; slope and pull enter their product with half-precision features as
-the sum of two halves, which keeps 16 bits or more (that makes 12 B^2 d of the streaming plan's 10):
-rounded to one they would double the variance of the rounding of a half-precision gradient.
+(``torch.backends.cuda.matmul``) as the reference's do: IEEE, unless the user asked for TF32. Not
+``tf32x3`` either: its operands keep nearly all bits, but tensor cores cut sums off where the
+reference rounds them, and a float32 gradient is stored with the bits that this costs. Products of
+two half-precision features are exact in float32, which accumulates them. Cosines, softmaxes and
+sums are float32; slope and pull enter their product with half-precision features as the sum of two
+halves, which keeps 16 bits or more and makes 12 B^2 d of the streaming plan's 10. Rounded to one
+half they would not do: simulated, the error of the stored gradient is then up to 1.43 times that of
+a float32 gradient rounded once, in the root of the mean square, and twice in the worst row (200
+draws of B = 24 to 256 and d = 32 or 64; a flat softmax over 85 times as many items as features
+still has 1.007 times). With two halves it is 1.0000 times. float16 weights with bfloat16 features
+(1.008 times) are no product that tensor cores know.
 
 **Magnitudes.** Rows are measured in units of the power of two at their largest entry. That loses no
 bit, and squares neither overflow nor vanish. The streaming plan multiplies features by it while
@@ -52,6 +68,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from telme_kd import _checks
 from telme_kd.kernels.triton.launch import INTERPRETED, Shipped, device_of
 
 _EMULATED = tl.constexpr(INTERPRETED)
@@ -64,9 +81,17 @@ a / tau, and logarithm of the sum of exponentials less it (4, 5), likewise of x 
 (8); 1 / n, or 0 for an absent item (9)."""
 
 _SMALL_BATCH = 64
-_CHUNK_BYTES = 2**27
-"""What the cosines of a chunk may take: 128 MiB keep cuBLAS busy (4096 rows of 4096, 256 of 65536)
-and are little beside the features of batches that need several chunks."""
+_CHUNKED_BATCH = 2**15
+
+_PLAN: Literal["auto", "streaming", "chunked"] = _checks.environment_word(
+    "TELME_KD_SIMILARITY_PLAN", ("auto", "streaming", "chunked")
+)
+"""Whether batches beyond ``_SMALL_BATCH`` save memory or time; by default by their size."""
+
+_CHUNK_BYTES = _checks.environment_integer("TELME_KD_SIMILARITY_CHUNK_BYTES", 2**27)
+"""What the cosines of a chunk may take: 128 MiB keep cuBLAS busy (4096 rows of 4096, 256 of 65536;
+with fewer than about 100 it would wait for memory) and are little beside the features of batches
+that need several chunks."""
 
 
 # --- arithmetic that the kernels share ------------------------------------------------------------
@@ -533,8 +558,13 @@ def _statistics_kernel(
         width = width // 8 * 8
         student_row_stride = student_row_stride // 8 * 8
         teacher_row_stride = teacher_row_stride // 8 * 8
-    # Products of two float16 numbers stay in range.
-    if student.dtype.element_ty == tl.float16 or _extraordinary(rows, batch) == 0:
+    # Products of two float16 numbers stay in range. Of float32, scaling is cheap beside a product.
+    if student.dtype.element_ty == tl.float32:
+        _statistics(
+            student, teacher, rows, batch, width, inverse_temperature, student_row_stride,
+            teacher_row_stride, student_column_stride, teacher_column_stride, 1, M, N, WIDTH,
+        )  # fmt: skip
+    elif student.dtype.element_ty == tl.float16 or _extraordinary(rows, batch) == 0:
         _statistics(
             student, teacher, rows, batch, width, inverse_temperature, student_row_stride,
             teacher_row_stride, student_column_stride, teacher_column_stride, 0, M, N, WIDTH,
@@ -655,12 +685,90 @@ def _streaming_gradient(
         )  # fmt: skip
 
 
+@triton.jit
+def _held_gradient(
+    student, teacher, rows, grad_output, gradient, batch, width, inverse_temperature, headroom,
+    student_row_stride, teacher_row_stride, student_column_stride, teacher_column_stride,
+    M: tl.constexpr, N: tl.constexpr, SLAB: tl.constexpr,
+):  # fmt: skip
+    """``_streaming_gradient`` of students whose whole rows, three times SLAB, one program holds.
+
+    Items n stay in shared memory, and those of m come there once to be in all three products: a
+    third of what the general form reads for as many products.
+    """
+    n = tl.program_id(0) * N + tl.arange(0, N)
+    stride = batch.to(tl.int64)
+    scale_s_n, inverse_s_n, scale_t_n, inverse_t_n = _units(rows, batch, n)
+    kept_n = scale_t_n != 0.0
+    by_s_n, by_t_n = inverse_s_n * scale_s_n, inverse_t_n * scale_t_n
+    one = tl.arange(0, SLAB)
+    two, three = one + SLAB, one + 2 * SLAB
+    s_row, t_row, s_column, t_column = (
+        student_row_stride, teacher_row_stride, student_column_stride, teacher_column_stride
+    )  # fmt: skip
+    t_n_1 = _tile(teacher, t_row, t_column, n, one, kept_n, width, 0.0, 0)
+    s_n_1 = _tile(student, s_row, s_column, n, one, kept_n, width, 0.0, 0)
+    t_n_2 = _tile(teacher, t_row, t_column, n, two, kept_n, width, 0.0, 0)
+    s_n_2 = _tile(student, s_row, s_column, n, two, kept_n, width, 0.0, 0)
+    t_n_3 = _tile(teacher, t_row, t_column, n, three, kept_n, width, 0.0, 0)
+    s_n_3 = _tile(student, s_row, s_column, n, three, kept_n, width, 0.0, 0)
+    total_1, total_2 = tl.zeros((SLAB, N), tl.float32), tl.zeros((SLAB, N), tl.float32)
+    total_3 = tl.zeros((SLAB, N), tl.float32)
+    for start in range(0, batch, M):
+        m = start + tl.arange(0, M)
+        _scale_s, _inverse_s, scale_m, inverse_m = _units(rows, batch, m)
+        kept_m = scale_m != 0.0
+        inverse_m *= scale_m
+        t_1 = _tile(teacher, t_row, t_column, m, one, kept_m, width, 0.0, 0)
+        t_2 = _tile(teacher, t_row, t_column, m, two, kept_m, width, 0.0, 0)
+        t_3 = _tile(teacher, t_row, t_column, m, three, kept_m, width, 0.0, 0)
+        a = _dot(t_1, tl.trans(t_n_1), tl.zeros((M, N), tl.float32))
+        a = _dot(t_2, tl.trans(t_n_2), a)
+        a = _dot(t_3, tl.trans(t_n_3), a)
+        x = _dot(t_1, tl.trans(s_n_1), tl.zeros((M, N), tl.float32))
+        x = _dot(t_2, tl.trans(s_n_2), x)
+        x = _dot(t_3, tl.trans(s_n_3), x)
+        a *= inverse_m[:, None] * by_t_n[None, :]
+        x *= inverse_m[:, None] * by_s_n[None, :]
+        top_t, log_t, top_p, log_p, _divergence = _softmaxes(rows, batch, m)
+        slope, _pull = _slope_and_pull(
+            a * inverse_temperature, x * inverse_temperature, top_t[:, None], log_t[:, None],
+            top_p[:, None], log_p[:, None], 0.0, kept_m[:, None] & kept_n[None, :],
+        )  # fmt: skip
+        slope *= (inverse_m * headroom)[:, None]
+        high = slope.to(t_1.dtype)
+        low = (slope - high.to(tl.float32)).to(t_1.dtype)
+        total_1 = _dot(tl.trans(t_1), low, _dot(tl.trans(t_1), high, total_1))
+        total_2 = _dot(tl.trans(t_2), low, _dot(tl.trans(t_2), high, total_2))
+        total_3 = _dot(tl.trans(t_3), low, _dot(tl.trans(t_3), high, total_3))
+    scale_s_n, inverse_s_n, _scale_t, _inverse_t = _units(rows, batch, n)
+    factor = tl.load(rows + 9 * stride + n, mask=n < batch, other=0.0)
+    factor *= tl.load(grad_output).to(tl.float32) * (inverse_temperature / headroom)
+    # Of a whole row the projection is at hand, and need not be gathered from the cosines.
+    unit = (inverse_s_n * scale_s_n)[None, :]
+    projection = tl.sum(total_1 * tl.trans(s_n_1).to(tl.float32) * unit, axis=0)
+    projection += tl.sum(total_2 * tl.trans(s_n_2).to(tl.float32) * unit, axis=0)
+    projection += tl.sum(total_3 * tl.trans(s_n_3).to(tl.float32) * unit, axis=0)
+    _store_slab(
+        student, gradient, s_row, s_column, n, kept_n, one, batch, width,
+        scale_s_n, inverse_s_n, projection, factor, total_1,
+    )  # fmt: skip
+    _store_slab(
+        student, gradient, s_row, s_column, n, kept_n, two, batch, width,
+        scale_s_n, inverse_s_n, projection, factor, total_2,
+    )  # fmt: skip
+    _store_slab(
+        student, gradient, s_row, s_column, n, kept_n, three, batch, width,
+        scale_s_n, inverse_s_n, projection, factor, total_3,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["width", "student_row_stride", "teacher_row_stride"])
 def _streaming_gradient_kernel(
     student, teacher, rows, grad_output, gradient, batch, width, inverse_temperature, headroom,
     student_row_stride, teacher_row_stride, student_column_stride, teacher_column_stride,
-    OF_TEACHER: tl.constexpr, ALIGNED: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    WIDTH: tl.constexpr, SLAB: tl.constexpr, SLABS: tl.constexpr,
+    OF_TEACHER: tl.constexpr, ALIGNED: tl.constexpr, HELD: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, WIDTH: tl.constexpr, SLAB: tl.constexpr, SLABS: tl.constexpr,
 ):  # fmt: skip
     """Gradients ds of N students n, or dt of N teachers n, in SLABS times SLAB columns.
 
@@ -678,7 +786,14 @@ def _streaming_gradient_kernel(
         width = width // 8 * 8
         student_row_stride = student_row_stride // 8 * 8
         teacher_row_stride = teacher_row_stride // 8 * 8
-    if student.dtype.element_ty == tl.float16:
+    if student.dtype.element_ty == tl.float32:
+        _streaming_gradient(
+            student, teacher, rows, grad_output, gradient, batch, width, inverse_temperature,
+            headroom, student_row_stride, teacher_row_stride, student_column_stride,
+            teacher_column_stride,
+            OF_TEACHER, 1, 1, M, N, WIDTH, SLAB, SLABS,
+        )  # fmt: skip
+    elif student.dtype.element_ty == tl.float16:
         # Products stay in range; weights do so only of rows in units of their largest entry.
         _streaming_gradient(
             student, teacher, rows, grad_output, gradient, batch, width, inverse_temperature,
@@ -687,12 +802,20 @@ def _streaming_gradient_kernel(
             OF_TEACHER, 0, 1, M, N, WIDTH, SLAB, SLABS,
         )  # fmt: skip
     elif _extraordinary(rows, batch) == 0:
-        _streaming_gradient(
-            student, teacher, rows, grad_output, gradient, batch, width, inverse_temperature,
-            headroom, student_row_stride, teacher_row_stride, student_column_stride,
-            teacher_column_stride,
-            OF_TEACHER, 0, 0, M, N, WIDTH, SLAB, SLABS,
-        )  # fmt: skip
+        if HELD:
+            _held_gradient(
+                student, teacher, rows, grad_output, gradient, batch, width, inverse_temperature,
+                headroom, student_row_stride, teacher_row_stride, student_column_stride,
+                teacher_column_stride,
+                M, N, SLAB,
+            )  # fmt: skip
+        else:
+            _streaming_gradient(
+                student, teacher, rows, grad_output, gradient, batch, width, inverse_temperature,
+                headroom, student_row_stride, teacher_row_stride, student_column_stride,
+                teacher_column_stride,
+                OF_TEACHER, 0, 0, M, N, WIDTH, SLAB, SLABS,
+            )  # fmt: skip
     else:
         _streaming_gradient(
             student, teacher, rows, grad_output, gradient, batch, width, inverse_temperature,
@@ -828,17 +951,32 @@ _SMALL_HALF_TILES = (_SmallTile(16, 128, 128, 4, 3), _SmallTile(64, 32, 64, 8, 3
 # Of aligned features, which are loaded 16 bytes at a time, and of others. A program keeps as many
 # columns of gradients as its registers hold, because all programs of a row of them make the same
 # cosines: 768 are one program's.
-_STATISTICS_TILES = {
+_STATISTICS_HALF_TILES = {
     True: _StatisticsTile(64, 128, 32, 8, 4),
     False: _StatisticsTile(32, 32, 32, 4, 3),
 }
-_STUDENT_TILES = {
-    True: (_GradientTile(64, 32, 64, 256, 1, 8, 2), _GradientTile(32, 16, 64, 256, 3, 8, 2)),
+_STATISTICS_IEEE_TILES = {
+    True: _StatisticsTile(64, 64, 16, 8, 3),
+    False: _StatisticsTile(64, 32, 16, 8, 3),
+}
+_STUDENT_HALF_TILES = {
+    True: (
+        _GradientTile(64, 32, 64, 256, 1, 8, 2),
+        _GradientTile(32, 16, 64, 256, 3, 8, 2),
+    ),
     False: (_GradientTile(16, 16, 32, 256, 2, 8, 2),),
 }
-_TEACHER_TILES = {
+_STUDENT_IEEE_TILES = {
+    True: (_GradientTile(32, 32, 16, 256, 1, 8, 2), _GradientTile(16, 16, 16, 256, 3, 8, 2)),
+    False: (_GradientTile(16, 16, 16, 256, 2, 8, 2),),
+}
+_TEACHER_HALF_TILES = {
     True: (_GradientTile(64, 16, 64, 256, 1, 8, 2), _GradientTile(16, 16, 64, 256, 3, 8, 2)),
     False: (_GradientTile(16, 16, 16, 128, 2, 8, 2),),
+}
+_TEACHER_IEEE_TILES = {
+    True: (_GradientTile(16, 16, 16, 128, 3, 8, 2),),
+    False: (_GradientTile(16, 16, 16, 256, 1, 8, 2),),
 }
 _ROWS_TILE = (8, 256)
 _LOSS_BLOCK = 1024
@@ -846,24 +984,50 @@ _ROW_BLOCK = 1024
 
 
 def _plan(batch: int, dtype: torch.dtype) -> _Plan:
-    """Which plan serves a batch; from arithmetic (see the module), not measured on a GPU.
+    """Which plan serves a batch, by ``_PLAN`` or by arithmetic (see the module); not measured.
 
-    One program is a 132nd of a large GPU, but one launch: up to 64 items, launches cost more. IEEE
-    float32 products run outside the tensor cores, where cuBLAS's 6 B^2 d beat our 10 B^2 d; half
-    precision runs inside them, which the reference, casting first, never does.
+    One program is a 132nd of a large GPU, but one launch: up to 64 items, launches cost more. Half
+    precision streams on the tensor cores, where the reference, casting first, never is. IEEE
+    float32 runs beside them, and there cuBLAS needs fewer products and makes them faster: it is
+    taken as long as the reference's five matrices of B x B would fit on a GPU too (20 GiB at
+    ``_CHUNKED_BATCH``).
     """
     if batch <= _SMALL_BATCH:
         return "small"
-    return "streaming" if dtype in _HALVES else "chunked"
+    if _PLAN != "auto":
+        return _PLAN
+    return "streaming" if dtype in _HALVES or batch > _CHUNKED_BATCH else "chunked"
 
 
 def _small_tiles(dtype: torch.dtype) -> tuple[_SmallTile, ...]:
     return _SMALL_HALF_TILES if dtype in _HALVES else _SMALL_IEEE_TILES
 
 
-def _gradient_tile(width: int, *, aligned: bool, of_teacher: bool) -> _GradientTile:
-    tiles = (_TEACHER_TILES if of_teacher else _STUDENT_TILES)[aligned]
+def _statistics_tile(dtype: torch.dtype, *, aligned: bool) -> _StatisticsTile:
+    return (_STATISTICS_HALF_TILES if dtype in _HALVES else _STATISTICS_IEEE_TILES)[aligned]
+
+
+def _gradient_tiles(
+    dtype: torch.dtype, *, aligned: bool, of_teacher: bool
+) -> tuple[_GradientTile, ...]:
+    if dtype in _HALVES:
+        return (_TEACHER_HALF_TILES if of_teacher else _STUDENT_HALF_TILES)[aligned]
+    return (_TEACHER_IEEE_TILES if of_teacher else _STUDENT_IEEE_TILES)[aligned]
+
+
+def _gradient_tile(
+    width: int, dtype: torch.dtype, *, aligned: bool, of_teacher: bool
+) -> _GradientTile:
+    tiles = _gradient_tiles(dtype, aligned=aligned, of_teacher=of_teacher)
     return next((tile for tile in tiles if width <= tile.slab * tile.slabs), tiles[-1])
+
+
+def _is_held(
+    tile: _GradientTile, width: int, dtype: torch.dtype, aligned: bool, of_teacher: bool
+) -> bool:
+    """Whether a program holds whole rows; not of float16, whose weights need rows in units."""
+    whole = tile.slabs == 3 and width <= tile.slab * tile.slabs
+    return dtype is torch.bfloat16 and aligned and not of_teacher and whole
 
 
 def _aligned(*matrices: Tensor) -> bool:
@@ -966,6 +1130,12 @@ def backward(
         )
 
 
+def _of_one_dtype(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    return (
+        (student, teacher) if student.dtype is teacher.dtype else (student.float(), teacher.float())
+    )
+
+
 def _scaled(gradient: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Tensor:
     """One launch, rounding after the product."""
     return torch.mul(gradient, grad_output, out=torch.empty_like(gradient, dtype=dtype))
@@ -994,8 +1164,9 @@ def _forward_small(
     student_needs_grad: bool,
     teacher_needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    if student.dtype is not teacher.dtype:
-        student, teacher = student.float(), teacher.float()
+    student, teacher = _of_one_dtype(student, teacher)
+    # Other layouts are copied: their addresses would take registers that are not there.
+    student, teacher = (x if x.stride(1) == 1 else x.contiguous() for x in (student, teacher))
     batch, width = student.shape
     tile = next(tile for tile in _small_tiles(student.dtype) if batch <= tile.items)
     loss = torch.empty((), dtype=torch.float32, device=student.device)
@@ -1063,10 +1234,11 @@ def _mean_divergence(rows: Tensor) -> Tensor:
 def _forward_streaming(
     student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor]:
+    student, teacher = _of_one_dtype(student, teacher)
     batch, width = student.shape
     rows = _measure_lengths(student, teacher, mask, units=None)
     aligned = _aligned(student, teacher)
-    tile = _STATISTICS_TILES[aligned]
+    tile = _statistics_tile(student.dtype, aligned=aligned)
     _statistics_kernel[(triton.cdiv(batch, tile.m),)](
         student,
         teacher,
@@ -1095,9 +1267,11 @@ def _backward_streaming(
     of_teacher: bool,
 ) -> Tensor:
     batch, width = student.shape
-    aligned = _aligned(student, teacher)
-    tile = _gradient_tile(width, aligned=aligned, of_teacher=of_teacher)
+    stored = (teacher if of_teacher else student).dtype
+    student, teacher = _of_one_dtype(student, teacher)
     dtype = student.dtype
+    aligned = _aligned(student, teacher)
+    tile = _gradient_tile(width, dtype, aligned=aligned, of_teacher=of_teacher)
     # The interpreter cuts bfloat16 off instead of rounding it.
     gradient = torch.empty(
         batch, width, dtype=torch.float32 if INTERPRETED else dtype, device=student.device
@@ -1116,6 +1290,7 @@ def _backward_streaming(
         *_strides(student, teacher),
         OF_TEACHER=int(of_teacher),
         ALIGNED=int(aligned),
+        HELD=int(_is_held(tile, width, dtype, aligned, of_teacher)),
         M=tile.m,
         N=tile.n,
         WIDTH=tile.width,
@@ -1124,7 +1299,7 @@ def _backward_streaming(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    return gradient.to(dtype)
+    return gradient.to(stored)
 
 
 def _forward_chunked(
@@ -1195,40 +1370,55 @@ def _forward_chunked(
 def shipped() -> list[Shipped]:
     """Every specialisation that the functions above launch.
 
-    Columns of aligned features are neighbours, those of others may have any strides.
+    Each dtype with each tile and flag. Columns of a small batch and of aligned features are
+    neighbours; those of others may have any strides, of which 1 makes a kernel of its own. Left out
+    are neighbours on one side only, and sizes and strides of which some are multiples of 16 and
+    some are not: they fold more than the one extreme, and less than the other.
     """
     items, columns = _ROWS_TILE
     rows_tile: dict[str, object] = {"ITEMS": items, "WIDTH": columns}
+    anywhere: dict[str, object] = {}
+    neighbours: dict[str, object] = {"student_column_stride": 1, "teacher_column_stride": 1}
     listed = [
         _shipped(_loss_kernel, {"ITEMS": _LOSS_BLOCK}, 4, 3),
         _shipped(_rows_kernel, {"WIDTH": _ROW_BLOCK}, 4, 3),
         _shipped(_project_kernel, rows_tile, 4, 3),
     ]
-    neighbours: dict[str, object] = {"student_column_stride": 1, "teacher_column_stride": 1}
     for dtype, word in (
         (torch.float32, "fp32"),
         (torch.float16, "fp16"),
         (torch.bfloat16, "bf16"),
     ):
+        for column_stride in (anywhere, {"column_stride": 1}):
+            listed.append(_shipped(_lengths_kernel, rows_tile | column_stride, 4, 3, word))
         for *small, warps, stages in _small_tiles(dtype):
             constants = neighbours | dict(zip(("ITEMS", "WIDTH", "SLAB"), small, strict=True))
             listed.append(_shipped(_small_kernel, constants, warps, stages, word))
-        listed.append(_shipped(_lengths_kernel, rows_tile | {"column_stride": 1}, 4, 3, word))
-        if dtype not in _HALVES:
-            continue
-        for aligned in (True, False):
-            common = {"ALIGNED": int(aligned)} | (neighbours if aligned else {})
-            *sizes, warps, stages = _STATISTICS_TILES[aligned]
-            constants = common | dict(zip(("M", "N", "WIDTH"), sizes, strict=True))
-            listed.append(_shipped(_statistics_kernel, constants, warps, stages, word))
-            for of_teacher, tiles in enumerate((_STUDENT_TILES, _TEACHER_TILES)):
-                for *sizes, warps, stages in tiles[aligned]:
-                    names = ("M", "N", "WIDTH", "SLAB", "SLABS")
-                    constants = common | dict(zip(names, sizes, strict=True))
-                    constants["OF_TEACHER"] = of_teacher
-                    listed.append(
-                        _shipped(_streaming_gradient_kernel, constants, warps, stages, word)
-                    )
+        for aligned, strides in ((True, neighbours), (False, neighbours), (False, anywhere)):
+            listed += _shipped_streaming(dtype, word, aligned, strides)
+    return listed
+
+
+def _shipped_streaming(
+    dtype: torch.dtype, word: str, aligned: bool, strides: dict[str, object]
+) -> list[Shipped]:
+    common = {"ALIGNED": int(aligned)} | strides
+    *sizes, warps, stages = _statistics_tile(dtype, aligned=aligned)
+    constants = common | dict(zip(("M", "N", "WIDTH"), sizes, strict=True))
+    listed = [_shipped(_statistics_kernel, constants, warps, stages, word)]
+    for of_teacher in (False, True):
+        for tile in _gradient_tiles(dtype, aligned=aligned, of_teacher=of_teacher):
+            *sizes, warps, stages = tile
+            constants = common | dict(zip(("M", "N", "WIDTH", "SLAB", "SLABS"), sizes, strict=True))
+            constants["OF_TEACHER"] = int(of_teacher)
+            widths = (tile.slab * tile.slabs, tile.slab * tile.slabs + 1)
+            kinds = {_is_held(tile, w, dtype, aligned, of_teacher) for w in widths}
+            listed += [
+                _shipped(
+                    _streaming_gradient_kernel, constants | {"HELD": int(held)}, warps, stages, word
+                )
+                for held in sorted(kinds)
+            ]
     return listed
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from telme_kd.functional import batch_similarity_loss as batch_similarity
 from telme_kd.reference.batch_similarity import batch_similarity_loss
 from tests.helpers import tolerances
 from tests.helpers.strategies import Features
@@ -38,10 +39,12 @@ def fused(
     temperature: float = 0.5,
     grad_output: float = 1.0,
     upstream: Tensor | None = None,
+    sides: tuple[str, ...] = ("student", "teacher"),
     chunk: int = 13,
 ) -> Result:
     """Loss and both gradients by one plan, whatever the shape and dtype would choose."""
     upstream = torch.tensor(grad_output) if upstream is None else upstream
+    wanted = ["student" in sides, "teacher" in sides]
     if plan == "streaming":
         loss, rows = kernels._forward_streaming(student, teacher, mask, temperature)
         gradients = [
@@ -49,19 +52,23 @@ def fused(
                 upstream, student, teacher, rows, temperature, of_teacher=of_teacher
             )
             for of_teacher in (False, True)
+            if wanted[of_teacher]
         ]
-        return Result(loss, *gradients)
-    if plan == "small":
-        loss, units = kernels._forward_small(student, teacher, mask, temperature, True, True)
     else:
-        loss, units = kernels._forward_chunked(
-            student, teacher, mask, temperature, True, True, chunk_bytes=8 * len(student) * chunk
-        )
-    return Result(
-        loss,
-        kernels._scaled(units[0], upstream, student.dtype),
-        kernels._scaled(units[1], upstream, teacher.dtype),
-    )
+        arguments = student, teacher, mask, temperature, *wanted
+        if plan == "small":
+            loss, units = kernels._forward_small(*arguments)
+        else:
+            budget = 8 * len(student) * chunk
+            loss, units = kernels._forward_chunked(*arguments, chunk_bytes=budget)
+        dtypes = [x.dtype for x, asked in zip((student, teacher), wanted, strict=True) if asked]
+        gradients = [
+            kernels._scaled(unit, upstream, dtype)
+            for unit, dtype in zip(units, dtypes, strict=True)
+        ]
+    found = dict(zip(sides, gradients, strict=True))
+    nothing = torch.empty(0)
+    return Result(loss, found.get("student", nothing), found.get("teacher", nothing))
 
 
 def defined(
@@ -167,6 +174,17 @@ def test_streaming_covers_widths_beyond_one_program(width: int) -> None:
     assert_right(fused("streaming", student, teacher), student, teacher)
 
 
+@pytest.mark.parametrize(("width", "size"), [(264, 1.0), (264, 2.0**40), (768, 1.0)])
+def test_students_whose_rows_are_held_get_their_gradients(width: int, size: float) -> None:
+    student, teacher = (size * x for x in pair(37, width, torch.bfloat16))
+    mask = kept_items(37)
+    tile = kernels._gradient_tile(width, torch.bfloat16, aligned=True, of_teacher=False)
+    assert kernels._is_held(tile, width, torch.bfloat16, True, False)
+    options = {"temperature": 0.1, "grad_output": 30.0}
+    result = fused("streaming", student, teacher, mask, **options)
+    assert_right(result, student, teacher, mask, **options)
+
+
 @ALL_PLANS
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("temperature", [0.02, 1.0])
@@ -179,7 +197,7 @@ def test_half_precision_loses_only_the_rounding_of_its_gradient(
     assert_right(fused(plan, student, teacher, mask, **options), student, teacher, mask, **options)
 
 
-@pytest.mark.parametrize("plan", ["small", "chunked"])
+@ALL_PLANS
 @pytest.mark.parametrize(
     "dtypes", [(torch.float16, torch.float32), (torch.bfloat16, torch.float16)], ids=str
 )
@@ -355,8 +373,38 @@ def test_plan_depends_on_batch_and_dtype_alone() -> None:
     for dtype in (torch.float32, *HALVES):
         assert kernels._plan(64, dtype) == "small"
     assert kernels._plan(65, torch.float32) == "chunked"
+    assert kernels._plan(2**15, torch.float32) == "chunked"
+    assert kernels._plan(2**15 + 1, torch.float32) == "streaming"
     assert kernels._plan(65, torch.float16) == "streaming"
     assert kernels._plan(10**6, torch.bfloat16) == "streaming"
+
+
+@pytest.mark.parametrize("plan", ["streaming", "chunked"])
+def test_plan_of_the_environment_serves_all_but_small_batches(
+    plan: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_PLAN", plan)
+    for dtype in (torch.float32, *HALVES):
+        assert kernels._plan(64, dtype) == "small"
+        for items in (65, 10**6):
+            assert kernels._plan(items, dtype) == plan
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("plan", ["streaming", "chunked"])
+def test_either_plan_can_be_chosen_by_the_environment(
+    plan: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_PLAN", plan)
+    student, teacher = pair(65, 8, dtype)
+    student.requires_grad_()
+    batch_similarity(student, teacher, temperature=0.5, backend="triton").backward()
+    assert student.grad is not None
+    expected = defined(student, teacher)
+    units = tolerances.UNIT[dtype]
+    assert (student.grad.double() - expected.student).norm() <= 2 * max(units, 1e-6) * (
+        expected.student.norm()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -429,9 +477,11 @@ def test_streaming_allocates_no_matrix_of_all_pairs() -> None:
     items, width = 40, 8
     student, teacher = pair(items, width, torch.bfloat16)
     mask = kept_items(items)
-    with _LargestTensor() as seen:
-        fused("streaming", student, teacher, mask)
-    assert seen.size <= 10 * items * 4  # ten numbers per row
+    for dtype in (torch.bfloat16, torch.float32):
+        features = student.to(dtype), teacher.to(dtype)
+        with _LargestTensor() as seen:
+            fused("streaming", *features, mask)
+        assert seen.size <= 10 * items * 4  # ten numbers per row
     with _LargestTensor() as seen:
         fused("chunked", student, teacher, mask, chunk=items)
     assert seen.size >= 2 * items * items * 4  # the mode does see what a plan allocates
@@ -440,58 +490,95 @@ def test_streaming_allocates_no_matrix_of_all_pairs() -> None:
 # --- accuracy -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("plan", "draws"), [("small", 40), ("streaming", 10), ("chunked", 6)])
-@pytest.mark.parametrize(("temperature", "likeness"), [(0.1, 1.0), (0.1, 3.0), (1.0, 0.0)])
-def test_errors_are_those_of_the_reference_in_float32(
-    plan: str,
-    draws: int,
-    temperature: float,
-    likeness: float,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # NumPy's products round by their shapes, those of tensor cores do not. One shape for both
-    # passes, so that a cosine is the same number in either, as it is there.
-    gradient = (kernels._GradientTile(32, 32, 32, 32, 1, 4, 2),)
-    monkeypatch.setattr(
-        kernels, "_STATISTICS_TILES", {True: kernels._StatisticsTile(32, 32, 32, 4, 2)}
-    )
-    monkeypatch.setattr(kernels, "_STUDENT_TILES", {True: gradient})
-    monkeypatch.setattr(kernels, "_TEACHER_TILES", {True: gradient})
-    errors: dict[str, list[Tensor]] = {"fused": [], "reference": []}
-    for seed in range(draws):
-        student, teacher = pair(16, 24, seed=seed, likeness=likeness)
-        truth = defined(student, teacher, temperature=temperature)
-        results = {
-            "fused": fused(plan, student, teacher, temperature=temperature),
-            "reference": defined(student, teacher, temperature=temperature, dtype=torch.float32),
-        }
-        for name, result in results.items():
-            squares = [
-                (ours.double() - theirs).square().mean()
-                for ours, theirs in zip(result, truth, strict=True)
-            ]
-            errors[name].append(torch.stack(squares))
-    ours, theirs = (torch.stack(errors[name]).mean(0).sqrt() for name in ("fused", "reference"))
-    assert (ours <= 1.5 * theirs).all(), (ours / theirs).tolist()
+_DRAWS = 200
+
+
+def _one_tile_for_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy's products round by their shapes, those of tensor cores do not.
+
+    With one shape a cosine is the same number in either pass, as it is there.
+    """
+    gradient = {True: (kernels._GradientTile(32, 32, 32, 32, 1, 4, 2),)}
+    statistics = {True: kernels._StatisticsTile(32, 32, 32, 4, 2)}
+    for kind in ("HALF", "IEEE"):
+        monkeypatch.setattr(kernels, f"_STATISTICS_{kind}_TILES", statistics)
+        monkeypatch.setattr(kernels, f"_STUDENT_{kind}_TILES", gradient)
+        monkeypatch.setattr(kernels, f"_TEACHER_{kind}_TILES", gradient)
 
 
 @ALL_PLANS
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_half_precision_errors_are_no_larger_than_the_references(
-    plan: str, dtype: torch.dtype
+def test_errors_are_those_of_the_reference_in_float32(
+    plan: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    errors = {"fused": 0.0, "reference": 0.0}
-    for seed in range(3):
-        student, teacher = pair(24, 32, dtype, seed=seed)
-        options = {"temperature": 0.5, "grad_output": 100.0}
-        truth = defined(student, teacher, **options)
-        upcast = defined(student, teacher, dtype=torch.float32, **options)
-        result = fused(plan, student, teacher, **options)
-        errors["fused"] += (result.student.double() - truth.student).square().sum().item()
-        rounded = upcast.student.to(dtype).double()
-        errors["reference"] += (rounded - truth.student).square().sum().item()
+    _one_tile_for_both_passes(monkeypatch)
+    squares: dict[str, list[Tensor]] = {"fused": [], "reference": []}
+    largest: dict[str, list[Tensor]] = {"fused": [], "reference": []}
+    for seed in range(_DRAWS):
+        student, teacher = pair(16, 24, seed=seed)
+        truth = defined(student, teacher, temperature=0.1)
+        results = {
+            "fused": fused(plan, student, teacher, temperature=0.1),
+            "reference": defined(student, teacher, temperature=0.1, dtype=torch.float32),
+        }
+        for name, result in results.items():
+            errors = [
+                (ours.double() - theirs).abs() for ours, theirs in zip(result, truth, strict=True)
+            ]
+            squares[name].append(torch.stack([error.square().mean() for error in errors]))
+            largest[name].append(torch.stack([error.max() for error in errors]))
+    rms = {name: torch.stack(rows).mean(0).sqrt() for name, rows in squares.items()}
+    worst = {name: torch.stack(rows).amax(0) for name, rows in largest.items()}
+    # Loss, student's gradient, teacher's gradient.
+    assert (rms["fused"] <= 1.5 * rms["reference"]).all(), rms
+    # The largest of some 77,000 errors is another draw's in either: within a bit of each other.
+    assert (worst["fused"] <= 2.0 * worst["reference"]).all(), worst
+
+
+@pytest.mark.parametrize(
+    ("plan", "dtype"),
+    [("small", torch.bfloat16), ("streaming", torch.bfloat16), ("streaming", torch.float16)],
+    ids=str,
+)
+def test_half_precision_errors_are_no_larger_than_the_references(
+    plan: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _one_tile_for_both_passes(monkeypatch)
+    options = {"temperature": 0.5, "grad_output": 100.0}
+    squares = {"fused": 0.0, "reference": 0.0}
+    largest = {"fused": 0.0, "reference": 0.0}
+    for seed in range(_DRAWS):
+        student, teacher = pair(8, 16, dtype, seed=seed)
+        truth = defined(student, teacher, **options).student
+        upcast = defined(student, teacher, dtype=torch.float32, **options).student
+        result = fused(plan, student, teacher, sides=("student",), **options).student
+        for name, gradient in (("fused", result), ("reference", upcast.to(dtype))):
+            error = gradient.double() - truth
+            squares[name] += error.square().sum().item()
+            largest[name] = max(largest[name], error.abs().max().item())
     # A few entries lie so near the middle of two numbers that float32's last digit decides.
-    assert errors["fused"] <= 1.001 * errors["reference"]
+    assert squares["fused"] <= 1.001 * squares["reference"]
+    assert largest["fused"] <= 1.001 * largest["reference"]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+def test_weights_need_two_halves(dtype: torch.dtype, temperature: float) -> None:
+    # What the tensor cores would make of weights rounded to one half, and of the sum of two.
+    squares = {"once": 0.0, "twice": 0.0, "reference": 0.0}
+    for seed in range(_DRAWS):
+        student, teacher = (x.double() for x in pair(24, 32, dtype, seed=seed))
+        unit_s, unit_t = (x / x.norm(dim=1, keepdim=True) for x in (student, teacher))
+        target, prediction = (unit_t @ x.T / temperature for x in (unit_t, unit_s))
+        slope = prediction.softmax(1) - target.softmax(1)
+        weights = slope / teacher.norm(dim=1, keepdim=True) * 2.0**12  # away from underflow
+        high = weights.to(dtype).double()
+        low = (weights - high).to(dtype).double()
+        exact = weights.T @ teacher
+        for name, rounded in (("once", high), ("twice", high + low), ("reference", weights)):
+            stored = (rounded.T @ teacher).to(dtype).double()
+            squares[name] += (stored - exact).square().sum().item()
+    assert squares["once"] > 1.2 * squares["reference"]
+    assert squares["twice"] <= 1.001 * squares["reference"]
 
 
 @ALL_PLANS

@@ -9,11 +9,10 @@ from torch import Tensor
 from telme_kd import ShiftingFusion
 from telme_kd.errors import BackendError
 from telme_kd.kernels import fusion as operator
+from tests.helpers.synchronisation import NoValueIsRead
 
 triton = pytest.importorskip("triton")
 from telme_kd.kernels.triton import fusion as kernels  # noqa: E402
-
-from tests.helpers.synchronisation import NoValueIsRead
 
 NAMES = ("anchor", "gate", "value", "gate_bias", "value_bias", "norm_weight", "norm_bias")
 
