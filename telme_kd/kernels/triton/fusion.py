@@ -560,7 +560,7 @@ def backward(
                 UNIT=_unit(block),
                 BLOCK=block,
                 num_warps=warps,
-                maxnreg=_max_registers(block, anchor=needs_grad[0]),
+                maxnreg=_max_registers(block, norm=norm_eps is not None, anchor=needs_grad[0]),
             )
             if parameters:
                 _sum_kernel[(triton.cdiv(width, _SUM_TILE[1]), 4 if norm_eps is not None else 2)](
@@ -584,15 +584,15 @@ def _block(width: int) -> tuple[int, int]:
     return next((block, warps) for block, warps in _BLOCKS if width <= block)
 
 
-def _max_registers(block: int, *, anchor: bool) -> int | None:
+def _max_registers(block: int, *, norm: bool, anchor: bool) -> int | None:
     """What a thread of backward may have, if ptxas is to be told.
 
     Told nothing it saves registers for programs that are not there, and spills; told the limit of
-    the widest rows, it spills where the anchor's gradient comes on top.
+    the widest rows, it spills where LayerNorm and the anchor's gradient come on top.
     """
     if block <= _ANY_WIDTH:
         return 255
-    return None if anchor else 128
+    return None if norm and anchor else 128
 
 
 def _where_sums_are(block: int) -> int:
@@ -628,8 +628,7 @@ def shipped() -> list[Shipped]:
     for the products. A flag that is off leaves something out and adds nothing, and ptxas spills
     only what does not fit the limit it is told: with the narrower blocks all flags stay far below
     that, so they are listed on, without and with LayerNorm. The widest rows come close to it; all
-    combinations are listed. (All combinations of all blocks were compiled in float32, for sm_80 and
-    sm_90, and none spills.) Of the sums' four outputs any may be missing, likewise.
+    combinations are listed. Of the sums' four outputs any may be missing, likewise.
     """
     tile = {"ROWS": _SUM_TILE[0], "COLUMNS": _SUM_TILE[1]}
     found = [_shipped(_sum_kernel, rows, tile, _SUM_WARPS) for rows in _DTYPES]
@@ -652,7 +651,7 @@ def shipped() -> list[Shipped]:
                 "UNIT": _unit(block),
             }
             for rows in _DTYPES if full else _DTYPES[:1]:
-                limit = _max_registers(block, anchor=bool(anchor))
+                limit = _max_registers(block, norm=bool(norm), anchor=bool(anchor))
                 found.append(_shipped(_backward_kernel, rows, backward_constants, warps, limit))
                 if full and norm:
                     forward_constants = {**common, "KEEP_NUMBERS": 1}
