@@ -216,7 +216,11 @@ def test_what_is_no_number_is_refused(write_features: Write, words: tuple[str, s
 def test_two_processes_give_what_one_gives_with_the_batch_in_two_parts(
     write_features: Write, tmp_path: Path
 ) -> None:
-    """The tolerance: 1e-4 of a weight, or 1e-5; sums in another order, through two epochs."""
+    """To a thousandth of all weights and of all outputs, after two epochs.
+
+    Losses and gradients agree to rounding, but where a gradient is rounding alone AdamW turns it
+    into whole steps: single weights may differ by several.
+    """
     words = ["-m", "examples.meld", "--features", str(write_features()), "--device", "cpu"]
     words += ["--modalities", "audio", "--epochs", "2", "--batch-size", "9"]
     words += ["--class-balance", "0.5"]
@@ -241,8 +245,8 @@ def test_two_processes_give_what_one_gives_with_the_batch_in_two_parts(
         for name in ("model", "outputs"):
             tensors = [load_file(folder / f"{name}.safetensors") for folder in folders]
             assert tensors[0].keys() == tensors[1].keys()
-            for key, values in tensors[0].items():
-                assert torch.allclose(values, tensors[1][key], rtol=1e-4, atol=1e-5), (stage, key)
+            ours, theirs = (torch.cat([x[key].flatten() for key in sorted(x)]) for x in tensors)
+            assert (ours - theirs).norm() <= 1e-3 * theirs.norm(), (stage, name)
     assert two.stdout.count("MELD, seed 0, ") == 10  # each line once
     results = json.loads((tmp_path / "two" / "results.json").read_text())
     assert results["command"].startswith("torchrun --nproc_per_node 2 -m examples.meld --features")
