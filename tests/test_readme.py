@@ -76,6 +76,34 @@ def test_shards_are_the_measured_ones() -> None:
     assert f"is {row['whole']:.3f} as a whole and {row['shards']:.3f} as the mean" in README
 
 
+@pytest.mark.parametrize(
+    ("beginning", "operator", "case"),
+    [
+        ("DIST, 4 ×", "dist", "4x7 float32"),
+        ("DIST, 64 ×", "dist", "64x7 float32"),
+        ("DIST, 256 × 7", "dist", "256x7 float32"),
+        ("DIST, 256 × 1000", "dist", "256x1000 float32"),
+        ("DIST, 2048 ×", "dist", "2048x1000 float32"),
+        ("Batch similarity, 64 ×", "batch_similarity", "64x768 float32"),
+        ("Batch similarity, 4096 ×", "batch_similarity", "4096x768 float32"),
+        ("Gate-and-shift tail", "fusion", "tail 64x768 float32"),
+    ],
+)
+def test_speeds_are_the_measured_ones(beginning: str, operator: str, case: str) -> None:
+    results = json.loads((RESULTS / f"{operator}--cpu.json").read_text(encoding="utf-8"))
+    (row,) = [row for row in results["rows"] if row["case"] == case and row["threads"] == 2]
+    assert results["machine"]["name"] in README
+    providers = row["providers"]
+    ours, eager, compiled = (
+        providers[name]["seconds"]["wall"]["full"]["p50"]
+        for name in ("cpu", "reference", "reference compiled")
+    )
+    assert table_row(beginning)[1:] == [f"{eager / ours:.1f}×", f"{compiled / ours:.1f}×"]
+    if "tenth of the memory" in table_row(beginning)[0]:
+        share = providers["cpu"]["peak_bytes"] / providers["reference"]["peak_bytes"]
+        assert round(share, 1) == 0.1
+
+
 @pytest.mark.parametrize("corpus", ["meld", "iemocap"])
 def test_real_results_are_the_committed_ones(corpus: str) -> None:
     report = pytest.importorskip("examples.erc.report")
