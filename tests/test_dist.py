@@ -301,7 +301,8 @@ def test_loss_is_the_sum_of_its_terms(case: Logits, eps: float | None) -> None:
     intra = intra_class_loss(*tensors, temperature=temperature, eps=eps)
     both = case.inter_weight * inter + case.intra_weight * intra
     loss = dist_loss(*tensors, eps=eps, **case.options)
-    assert abs(loss - both).item() <= 4 * U64 * case.scale
+    # A term alone may be computed another way than beside one with a vector that hardly varies.
+    assert abs(loss - both).item() <= 2 * tolerances.dist_bound(case, eps, torch.float64)
     assert torch.equal(inter, dist_loss(*tensors, temperature=temperature, eps=eps, intra_weight=0))
     assert torch.equal(intra, dist_loss(*tensors, temperature=temperature, eps=eps, inter_weight=0))
 
