@@ -172,7 +172,7 @@ def _kernel(function: Any) -> Any:
 
 @triton.jit
 def _inverse_norm(squared, uncentred):
-    """The function h of ``reference.dist._inverse_norm`` and its derivatives by both squares."""
+    """The function h of ``reference.dist.inverse_norm`` and its derivatives by both squares."""
     floor = uncentred * _FLOOR
     floor = tl.where(floor == 0.0, 1.0, floor)
     faint = squared < floor
