@@ -222,8 +222,10 @@ def _observe_block(
     *,
     in_units: bool,
 ) -> None:
-    """Take a block into the statistics; leave probabilities, or u, in the room, but for absent items
-    also centred."""
+    """Take a block into the statistics; leave its probabilities, or u, in the room.
+
+    Centred they are left there too, but in columns without the absent items, which become zero.
+    """
     temperature, inter_weight, intra_weight, eps = options
     u, centred, row_centred, spare = room
     largest, scale, row_moments = rows[:2], rows[2:4], rows[4:]
