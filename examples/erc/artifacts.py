@@ -30,7 +30,7 @@ from examples.erc.source import JSON
 if TYPE_CHECKING:
     from examples.erc.training import Trained
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same settings would give another result, or the files change their form."""
 
 WEIGHTS = "model.safetensors"
@@ -48,11 +48,13 @@ class Artifact:
         record: Its history, selected epoch and seconds.
         identity: The SHA-256 of its settings and its content: what a stage that builds on it names
             in its own settings.
+        settings: Everything that its result depends on.
     """
 
     folder: Path
     record: Mapping[str, Any]
     identity: str
+    settings: Mapping[str, Any]
 
     def outputs(self, split: str) -> dict[str, Tensor]:
         """What its model says about a split: ``logits`` and, of an encoder, ``features``."""
@@ -89,7 +91,7 @@ def obtain(
     Returns:
         The stage.
     """
-    fingerprint = sha256(canonical({"format": FORMAT, **settings}))
+    fingerprint = _fingerprint(settings)
     artifact = processes.tell(_find(folder, title, fingerprint) if processes.first() else None)
     kept = artifact is not None
     if artifact is None:
@@ -227,6 +229,40 @@ def _find(folder: Path, title: str, fingerprint: str) -> Artifact | None:
         return None
 
 
+def open_stage(folder: Path) -> Artifact | None:
+    """Open a finished stage, whatever its settings.
+
+    Args:
+        folder: Of the stage.
+
+    Returns:
+        The stage, verified; ``None`` if there is none, or one of another version.
+
+    Raises:
+        DamageError: Its files are not those that were written.
+    """
+    if not (folder / STAGE).exists():
+        return None
+    stage = read_record(folder / STAGE)
+    if stage["fingerprint"] != _fingerprint(stage["settings"]):
+        return None
+    verify(folder, stage["files"])
+    return _artifact(folder, stage)
+
+
+def verify(folder: Path, files: Mapping[str, str]) -> None:
+    """Make sure that files are those whose SHA-256 was written down.
+
+    Raises:
+        DamageError: One is missing, or another.
+    """
+    for name, expected in files.items():
+        if not (folder / name).exists():
+            raise DamageError(f"{name} is missing")
+        if file_sha256(folder / name) != expected:
+            raise DamageError(f"{name} is damaged")
+
+
 def _read(folder: Path, fingerprint: str) -> Artifact | None:
     """Verify what is there; ``None`` if there is nothing, or something with other settings."""
     if not (folder / STAGE).exists():
@@ -234,12 +270,12 @@ def _read(folder: Path, fingerprint: str) -> Artifact | None:
     stage = read_record(folder / STAGE)
     if stage["fingerprint"] != fingerprint:
         return None
-    for name, expected in stage["files"].items():
-        if not (folder / name).exists():
-            raise DamageError(f"{name} is missing")
-        if file_sha256(folder / name) != expected:
-            raise DamageError(f"{name} is damaged")
+    verify(folder, stage["files"])
     return _artifact(folder, stage)
+
+
+def _fingerprint(settings: Mapping[str, JSON]) -> str:
+    return sha256(canonical({"format": FORMAT, **settings}))
 
 
 def _write(
@@ -267,4 +303,4 @@ def _write(
 
 def _artifact(folder: Path, stage: Mapping[str, Any]) -> Artifact:
     identity = sha256(canonical({key: stage[key] for key in ("fingerprint", "files")}))
-    return Artifact(folder, stage["record"], identity)
+    return Artifact(folder, stage["record"], identity, stage["settings"])

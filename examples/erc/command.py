@@ -2,6 +2,8 @@
 
 import os
 import shlex
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -176,6 +178,98 @@ def make_command(name: str, title: str) -> click.Group:
 
     Ends with status 0 if all that was found is known or makes no difference, with 1 if there is
     something to look at, and with 2 if the corpus cannot be read."""
+
+    @command.command("predict", short_help="Predict the emotions of a dialogue.")
+    @click.argument("run", metavar="RUN", type=_FOLDER)
+    @click.argument("dialogue", metavar="DIALOGUE", type=_FOLDER)
+    @click.option(
+        "--modalities",
+        metavar="NAMES",
+        help="Go by some of text,audio,visual alone.  [default: all that are at hand]",
+    )
+    @click.option(
+        "--clips",
+        type=_FOLDER,
+        help="What the paths of clips are relative to, and the only folder that they are read "
+        "from.  [default: that of DIALOGUE]",
+    )
+    @click.option(
+        "--bad-clips",
+        type=click.Choice(["mask", "skip", "fail"]),
+        default="mask",
+        show_default=True,
+        help="An utterance whose clip is missing or broken: go by what else there is, leave it "
+        "out, or predict nothing.",
+    )
+    @click.option(
+        "--cache", type=_FOLDER, help="A folder that keeps decoded clips, as in training."
+    )
+    @click.option(
+        "--seed",
+        type=click.IntRange(min=0),
+        help="Whose systems, of a run with several seeds.  [default: the best on dev]",
+    )
+    @click.option(
+        "--output", type=_FOLDER, help="Where everything goes.  [default: RUN/predictions/DIALOGUE]"
+    )
+    @click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+        default="auto",
+        show_default=True,
+        help="What to compute on.",
+    )
+    @click.pass_context
+    def predict(context: click.Context, /, **options: Any) -> None:  # noqa: ANN401
+        _guard(context, lambda: _predict(name, options), again="starts afresh")
+
+    predict.help = f"""Predict the emotions in DIALOGUE by a finished RUN on {title}: a probability
+    for each emotion and utterance, as a table, as CSV and JSON, and as a picture.
+
+    RUN is the --output of a training. DIALOGUE is a CSV table with the columns Speaker and
+    Utterance, or JSON, a list of objects with speaker and text. Dialogue_ID tells several dialogues
+    apart; Clip, Audio and Video name files. If RUN was trained on features, DIALOGUE is a folder of
+    the same features.
+
+    An utterance is answered by the system that sees the most of what it has: the fusion where all
+    modalities are there, the text teacher where only the words are."""
+
+    @command.command("mistakes", short_help="Show the most confident mistakes of a run.")
+    @click.argument("run", metavar="RUN", type=_FOLDER)
+    @click.option(
+        "--split",
+        type=click.Choice(["dev", "test"]),
+        default="test",
+        show_default=True,
+        help="Whose utterances; to improve a recipe, look at dev alone.",
+    )
+    @click.option(
+        "--top",
+        type=_ONE_OR_MORE,
+        default=10,
+        show_default=True,
+        help="How many of each system to print; the files have all.",
+    )
+    @click.option(
+        "--annotations",
+        type=_FOLDER,
+        help=f"The folder of {title} with the words, for a run on features.",
+    )
+    @click.option(
+        "--seed",
+        type=click.IntRange(min=0),
+        help="Whose systems, of a run with several seeds.  [default: the best on dev]",
+    )
+    @click.option("--output", type=_FOLDER, help="Where the files go.  [default: RUN]")
+    @click.pass_context
+    def mistakes(context: click.Context, /, **options: Any) -> None:  # noqa: ANN401
+        _guard(context, lambda: _mistakes(name, options), again="starts afresh")
+
+    mistakes.help = f"""Show what the systems of a finished RUN on {title} get wrong and are most
+    sure of, modality by modality, with what the others say of it.
+
+    Leaves mistakes.csv and mistakes.json, with all mistakes and with the emotions that are most
+    often taken for each other."""
     return command
 
 
@@ -183,7 +277,9 @@ _FOLDER = click.Path(path_type=Path)
 _ONE_OR_MORE = click.IntRange(min=1)
 
 
-def _guard(context: click.Context, work: Callable[[], None]) -> None:
+def _guard(
+    context: click.Context, work: Callable[[], None], again: str = "goes on from there"
+) -> None:
     """End in one line, not in a traceback, whatever the user can do something about."""
     try:
         work()
@@ -196,7 +292,7 @@ def _guard(context: click.Context, work: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _end(
             context,
-            "\ninterrupted: what was saved is kept; the same command goes on from there",
+            f"\ninterrupted: what was saved is kept; the same command {again}",
             INTERRUPTED,
         )
 
@@ -220,6 +316,83 @@ def _check(context: click.Context, name: str, root: Path, folder: Path) -> None:
     context.exit(examination.status)
 
 
+def _predict(name: str, options: dict[str, Any]) -> None:
+    """Predict, print a table, and say where the files are."""
+    wanted = _named_modalities(options["modalities"])
+    run_folder: Path = options["run"]
+    dialogue: Path = options["dialogue"]
+
+    import torch
+
+    from examples.erc import dialogue_file, prediction, prediction_report
+    from examples.erc.finished import FinishedRun
+
+    run = FinishedRun(run_folder, name, options["seed"])
+    modalities = prediction.choose_modalities(run, wanted)
+    folder: Path = options["output"] or run_folder / "predictions" / dialogue.stem
+    # As in the run: another number of threads may add up in another order.
+    torch.set_num_threads(run.record["threads"])
+    with tempfile.TemporaryDirectory() as scratch:
+        if run.record["kind"] == "features":
+            _check_clip_options(options, run_folder)
+            inputs = prediction.read_features(run, dialogue, modalities)
+        else:
+            corpus = import_module(f"examples.{name}.corpus")
+            file = dialogue_file.read(dialogue, options["clips"], getattr(corpus, "repair", str))
+            if file.ignored:
+                names = ", ".join(map(repr, file.ignored[:12]))
+                more = ", ..." if len(file.ignored) > 12 else ""
+                click.echo(f"{dialogue}: not looked at: {names}{more}", err=True)
+            inputs = prediction.read_clips(
+                run,
+                file,
+                modalities,
+                bad_clips=options["bad_clips"],
+                cache=options["cache"] or Path(scratch),
+                ledger_path=folder / "ledger.json",
+            )
+        for modality in modalities:
+            if modality not in inputs.datasets:
+                click.echo(f"{dialogue}: no {modality}; predicted without it", err=True)
+        answers = prediction.answer(run, inputs, options["device"])
+    files = prediction_report.write(run, answers, folder)
+    click.echo(prediction_report.text(run, answers, shutil.get_terminal_size((120, 0)).columns))
+    click.echo()
+    for path in files[:3]:
+        click.echo(path)
+    if len(files) > 3:
+        click.echo(f"and {len(files) - 3} more pictures in {folder}")
+
+
+def _mistakes(name: str, options: dict[str, Any]) -> None:
+    """Find the mistakes, print the most confident, and say where the files are."""
+    from examples.erc import mistakes
+    from examples.erc.finished import FinishedRun
+
+    folder: Path = options["output"] or options["run"]
+    run = FinishedRun(options["run"], name, options["seed"])
+    root: Path | None = options["annotations"]
+    corpus = None if root is None else import_module(f"examples.{name}.corpus").read(root)
+    analysis = mistakes.analyse(run, options["split"], corpus)
+    files = mistakes.write(analysis, folder)
+    click.echo(mistakes.text(analysis, options["top"]))
+    click.echo()
+    for path in files:
+        click.echo(path)
+
+
+def _check_clip_options(options: dict[str, Any], run: Path) -> None:
+    """Refuse options about clips where there are none."""
+    given = {"clips": options["clips"], "cache": options["cache"]}
+    given["bad-clips"] = options["bad_clips"] != "mask"
+    for option, value in given.items():
+        if value:
+            raise InputError(
+                f"--{option}: expected only with a run on clips, got it with {run}, which was "
+                "trained on extracted features; leave it out"
+            )
+
+
 def _end(context: click.Context, line: str, status: int) -> None:
     click.echo(line, err=True)
     context.exit(status)
@@ -233,7 +406,8 @@ def _run(name: str, title: str, options: dict[str, Any], typed: str) -> None:
     folder: Path = options["output"] or Path("runs") / f"{name}-{kind}"
     recipe: Recipe = import_module(f"examples.{name}.recipes").RECIPES[options["recipe"]]
 
-    from examples.erc import processes, report
+    from examples.erc import mistakes, processes, report
+    from examples.erc.finished import FinishedRun
     from examples.erc.pipeline import run
     from examples.erc.training import Hardware
 
@@ -282,7 +456,9 @@ def _run(name: str, title: str, options: dict[str, Any], typed: str) -> None:
         options["checkpoint_every"],
     )
     if processes.first():
-        page = report.write(results, folder)
+        analysis = mistakes.analyse(FinishedRun(folder, name))
+        mistakes.write(analysis, folder)
+        page = report.write(results, folder, analysis)
         click.echo(f"\n{report.table(results)}\n\n{page}")
     processes.leave()
 
@@ -300,9 +476,17 @@ def _kind(options: dict[str, Any]) -> str:
 
 
 def _modalities(typed: str | None) -> tuple[str, ...] | None:
+    """The modalities that were named, and text."""
+    named = _named_modalities(typed)
+    if named is None:
+        return None
+    return tuple(modality for modality in MODALITIES if modality in {*named, "text"})
+
+
+def _named_modalities(typed: str | None) -> tuple[str, ...] | None:
     if typed is None:
         return None
-    names = {name.strip() for name in typed.split(",")} | {"text"}
+    names = {name.strip() for name in typed.split(",")}
     if unknown := sorted(names - {*MODALITIES}):
         raise InputError(
             f"--modalities: expected some of {', '.join(MODALITIES)}, separated by commas, got "

@@ -34,6 +34,7 @@ class Utterance:
         label: Index into :attr:`Corpus.labels`.
         audio: The voice; ``None`` where the corpus has no such file.
         visual: The picture; ``None`` where the corpus has no such file.
+        name: The speaker as people know them; empty where the corpus has no names.
     """
 
     identity: str
@@ -42,6 +43,7 @@ class Utterance:
     label: int
     audio: Clip | None
     visual: Clip | None
+    name: str = ""
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,15 @@ It holds ``features.npz`` and ``meta.json``. The arrays ``label``, ``split`` (0 
 ``visual_*`` is ``[N, width]``. A mask, ``[N]``, is called ``<modality>_mask`` or ``<array>_mask``;
 it is 0 where there was nothing to extract from. ``meta.json`` names the ``dataset`` and its
 ``labels``, and gives the ``start``, the ``length`` and the ``speakers`` of each of its
-``dialogues``, in row order.
+``dialogues``, in row order. For people only, a dialogue may have an ``id`` and, with an entry for
+each of its rows, the ``utterances``' names and their ``texts``.
 """
 
 import hashlib
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -21,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from examples.erc.errors import InputError
-from examples.erc.source import MODALITIES, SPLITS
+from examples.erc.source import MODALITIES, SPLITS, Line
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -49,12 +50,13 @@ class FeatureFolder:
 
     Attributes:
         dataset: The corpus as people write it.
-        labels: The C class names, in index order.
-        label: int64, ``[N]``.
+        labels: The C class names, in index order; none where labels were not asked for.
+        label: int64, ``[N]``; ``[0]`` where labels were not asked for.
         speaker: int64, ``[N]``, an index within the dialogue.
         start: int64, ``[N]``: the first row of the row's dialogue.
-        rows: For each split its rows, in order; none is empty.
+        rows: For each split its rows, in order; none is empty. No splits without labels.
         modalities: The arrays of each modality that is there, by name; modalities in order.
+        lines: For each row who says what, as far as the folder tells.
         sha256: The digest of each file.
     """
 
@@ -65,15 +67,17 @@ class FeatureFolder:
     start: Array
     rows: Mapping[str, Array]
     modalities: Mapping[str, tuple[Measured, ...]]
+    lines: tuple[Line, ...]
     sha256: Mapping[str, str]
 
 
-def read(folder: Path, corpus: str) -> FeatureFolder:
+def read(folder: Path, corpus: str, *, labelled: bool = True) -> FeatureFolder:
     """Read a folder of features.
 
     Args:
         folder: With ``features.npz`` and ``meta.json``.
         corpus: The name that ``meta.json`` has to give as its dataset, in any case.
+        labelled: Whether there have to be labels and splits. Otherwise neither is looked at.
 
     Returns:
         What it holds.
@@ -82,28 +86,60 @@ def read(folder: Path, corpus: str) -> FeatureFolder:
         InputError: A file or an array is missing, does not fit the others or is out of range; the
             message says which, where, and how to mend it.
     """
-    meta = _read_meta(folder / META, corpus)
-    arrays = _read_arrays(folder / ARRAYS)
-    count = _check_rows(arrays, meta)
+    meta = _read_meta(folder / META, corpus, labelled=labelled)
+    arrays = _read_arrays(folder / ARRAYS, labelled=labelled)
+    count = _check_labels(arrays, meta) if labelled else arrays["dialogue"].size
+    _check_rows(arrays, meta, count)
+    if labelled:
+        _check_splits(arrays["split"], meta["dialogues"])
     measured = {modality: tuple(_read_modality(modality, arrays, count)) for modality in MODALITIES}
     return FeatureFolder(
         dataset=meta["dataset"],
-        labels=tuple(meta["labels"]),
-        label=arrays["label"].astype(np.int64),
+        labels=tuple(meta["labels"]) if labelled else (),
+        label=arrays["label"].astype(np.int64) if labelled else np.zeros(0, np.int64),
         speaker=arrays["speaker"].astype(np.int64),
         start=np.repeat(
             np.array([dialogue["start"] for dialogue in meta["dialogues"]], dtype=np.int64),
             [dialogue["length"] for dialogue in meta["dialogues"]],
         ),
         rows={
-            split: np.flatnonzero(arrays["split"] == index) for index, split in enumerate(SPLITS)
+            split: np.flatnonzero(arrays["split"] == index)
+            for index, split in enumerate(SPLITS if labelled else ())
         },
         modalities={modality: found for modality, found in measured.items() if found},
+        lines=tuple(_read_lines(arrays["speaker"], meta["dialogues"])),
         sha256={
             name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
             for name in (ARRAYS, META)
         },
     )
+
+
+def _read_lines(speaker: Array, dialogues: Sequence[Mapping[str, Any]]) -> Iterator[Line]:
+    """Name dialogues and utterances: by number, where the folder has no names that tell apart."""
+    names = [dialogue.get("id") for dialogue in dialogues]
+    named = all(isinstance(name, str) for name in names) and len({*names}) == len(names)
+    for index, dialogue in enumerate(dialogues):
+        count = dialogue["length"]
+        utterances = _texts(dialogue.get("utterances"), count)
+        if not utterances or len({*utterances}) < count:
+            utterances = [str(number) for number in range(count)]
+        texts = _texts(dialogue.get("texts"), count)
+        for number in range(count):
+            person = dialogue["speakers"][speaker[dialogue["start"] + number]]
+            yield Line(
+                str(names[index]) if named else str(index),
+                utterances[number],
+                str(person),
+                texts[number] if texts else None,
+            )
+
+
+def _texts(value: object, count: int) -> list[str]:
+    """A list with a text for each of so many rows, if it is one."""
+    if isinstance(value, list) and len(value) == count and all(isinstance(x, str) for x in value):
+        return value
+    return []
 
 
 def _read_modality(modality: str, arrays: Mapping[str, Array], count: int) -> Iterator[Measured]:
@@ -124,7 +160,7 @@ def _read_modality(modality: str, arrays: Mapping[str, Array], count: int) -> It
         yield Measured(name, values, there)
 
 
-def _read_meta(path: Path, corpus: str) -> dict[str, Any]:
+def _read_meta(path: Path, corpus: str, *, labelled: bool) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -142,7 +178,7 @@ def _read_meta(path: Path, corpus: str) -> dict[str, Any]:
             f"{path}: expected the dataset {corpus}, got {json.dumps(dataset)[:80]}; "
             "hand over the features of this corpus, or run the other one's example"
         )
-    if (
+    if labelled and (
         not isinstance(labels, list)
         or len(labels) < 2
         or not all(isinstance(label, str) and label for label in labels)
@@ -171,9 +207,9 @@ def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _read_arrays(path: Path) -> dict[str, Array]:
+def _read_arrays(path: Path, *, labelled: bool) -> dict[str, Array]:
     """Read the arrays that matter; pickled objects are refused."""
-    needed = ("label", "split", "dialogue", "speaker")
+    needed = ("label", "split", "dialogue", "speaker")[0 if labelled else 2 :]
     try:
         with zipfile.ZipFile(path):
             pass  # a lone array, which numpy would load too, is no archive
@@ -208,7 +244,7 @@ def _require(arrays: Mapping[str, Array], name: str, count: int, axes: int = 1) 
     wanted = f"({count},)" if axes == 1 else f"({count}, width)"
     if array.ndim != axes or len(array) != count or not array.size:
         raise InputError(
-            f"{ARRAYS}, {name}: expected the shape {wanted}, as label has {count} rows, "
+            f"{ARRAYS}, {name}: expected the shape {wanted}, as there are {count} utterances, "
             f"got {array.shape}; give every array a row for each utterance"
         )
     if array.dtype.kind not in ("biu" if axes == 1 else "biuf"):
@@ -219,17 +255,22 @@ def _require(arrays: Mapping[str, Array], name: str, count: int, axes: int = 1) 
     return array
 
 
-def _check_rows(arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> int:
-    """Check that the four integer arrays fit each other and the dialogues; return N."""
+def _check_labels(arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> int:
+    """Check labels and splits; return N."""
     count = arrays["label"].size
     if not count:
         raise InputError(f"{ARRAYS}, label: expected a label for each utterance, got none")
-    label, split, dialogue, speaker = (
-        _require(arrays, name, count).astype(np.int64)
-        for name in ("label", "split", "dialogue", "speaker")
-    )
+    label, split = (_require(arrays, name, count).astype(np.int64) for name in ("label", "split"))
     _require_range("label", label, len(meta["labels"]), "the labels of meta.json")
     _require_range("split", split, len(SPLITS), "0 train, 1 dev, 2 test")
+    return count
+
+
+def _check_rows(arrays: Mapping[str, Array], meta: Mapping[str, Any], count: int) -> None:
+    """Check that the integer arrays about dialogues fit each other and ``meta.json``."""
+    dialogue, speaker = (
+        _require(arrays, name, count).astype(np.int64) for name in ("dialogue", "speaker")
+    )
     lengths = [entry["length"] for entry in meta["dialogues"]]
     starts = [entry["start"] for entry in meta["dialogues"]]
     if min(lengths) < 1 or sum(lengths) != count or starts != [0, *np.cumsum(lengths[:-1])]:
@@ -244,11 +285,6 @@ def _check_rows(arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> int:
             f"{ARRAYS}, dialogue: expected the rows of each dialogue together, as {META} has them "
             f"({expected[row]} in row {row}), got {dialogue[row]}; sort the rows by dialogue"
         )
-    if (wrong := np.flatnonzero(split != split[np.repeat(starts, lengths)])).size:
-        raise InputError(
-            f"{ARRAYS}, split: expected one split for all rows of a dialogue, got another in row "
-            f"{wrong[0]}; a dialogue cut in two lets its context leak"
-        )
     speakers = np.repeat([len(entry["speakers"]) for entry in meta["dialogues"]], lengths)
     if (wrong := np.flatnonzero((speaker < 0) | (speaker >= speakers))).size:
         row = wrong[0]
@@ -256,13 +292,24 @@ def _check_rows(arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> int:
             f"{ARRAYS}, speaker: expected an index into the {speakers[row]} speakers of the "
             f"dialogue in {META}, got {speaker[row]} in row {row}"
         )
+
+
+def _check_splits(split: Array, dialogues: Sequence[Mapping[str, Any]]) -> None:
+    """Check that no dialogue is cut in two, and that no split is empty."""
+    first = np.repeat(
+        [entry["start"] for entry in dialogues], [entry["length"] for entry in dialogues]
+    )
+    if (wrong := np.flatnonzero(split != split[first])).size:
+        raise InputError(
+            f"{ARRAYS}, split: expected one split for all rows of a dialogue, got another in row "
+            f"{wrong[0]}; a dialogue cut in two lets its context leak"
+        )
     for index, name in enumerate(SPLITS):
         if not (split == index).any():
             raise InputError(
                 f"{ARRAYS}, split: expected rows of train, dev and test, got none of {name} "
                 f"({index}); models are selected on dev, so set some dialogues of train apart"
             )
-    return count
 
 
 def _require_range(name: str, values: Array, size: int, meaning: str) -> None:

@@ -8,6 +8,7 @@ split is scored once, at the end.
 
 import json
 import platform
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -17,7 +18,7 @@ from pathlib import Path
 from torch import Generator, nn
 
 import telme_kd
-from examples.erc import artifacts, processes
+from examples.erc import artifacts, encoding, mistakes, processes
 from examples.erc.artifacts import CHECKPOINTS, Artifact
 from examples.erc.checkpoint import Checkpoints
 from examples.erc.errors import InputError
@@ -79,12 +80,15 @@ def run(
     finished: dict[int, dict[System, Artifact]] = {}
     with artifacts.exclusive(folder) if processes.first() else nullcontext():
         processes.in_turn(lambda: source.prepare(folder))
+        if processes.first():
+            encoding.keep(source, folder, command)
         for seed in seeds:
             story = Story(source, recipe, seed, folder / f"seed-{seed}", hardware, checkpoint_every)
             finished[seed] = {system: story.tell(system) for system in systems}
         results = {**_circumstances(source, recipe, command), **_evaluate(source, finished)}
         text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
         if processes.first():
+            mistakes.keep_truth(source, folder)
             artifacts.replace(
                 folder / RESULTS, lambda path: path.write_text(text, encoding="utf-8")
             )
@@ -121,6 +125,10 @@ class Story:
         self._checkpoint_every = checkpoint_every
         self._device = hardware.accelerator().device
         self._finished: dict[System, Artifact] = {}
+        self._lengths = {
+            split: list(Counter(line.dialogue for line in source.lines(split)).values())
+            for split in SPLITS
+        }
 
     def tell(self, system: System) -> Artifact:
         """Train a system, or take it from its folder."""
@@ -237,6 +245,7 @@ class Story:
             hardware=self._hardware,
             title=self._title(system),
             checkpoints=checkpoints,
+            lengths=self._lengths,
         )
 
     def _obtain(

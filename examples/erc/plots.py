@@ -336,10 +336,11 @@ def _gains(systems: list[System], others: Sequence[System | None]) -> list[_Stra
 def _picture(name: str, alt: str, draw: Callable[[Theme], Figure]) -> Picture:
     light, dark = draw(LIGHT), draw(DARK)
     width, height = (round(inches * PIXELS) for inches in light.get_size_inches())
-    return Picture(name, alt, width, height, _png(light), _png(dark))
+    return Picture(name, alt, width, height, png(light), png(dark))
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """Draw a figure as a PNG with a palette; no text in it is taken for mathematics."""
     # Titles come from outside: a dollar sign in one is a dollar sign, not mathematics.
     for text in figure.findobj(Text):
         text.set(parse_math=False, usetex=False)

@@ -32,10 +32,12 @@ class Pretrained:
     Attributes:
         name: The name on the Hub, or the path of a folder.
         revision: The branch, tag or commit on the Hub; ``None``: its main branch.
+        blank: Whether there is everything but the weights, which others take the place of.
     """
 
     name: str
     revision: str | None = None
+    blank: bool = False
 
     @cached_property
     def config(self) -> Any:  # noqa: ANN401
@@ -98,6 +100,8 @@ class Pretrained:
 def load_body(encoder: Pretrained, **overrides: object) -> Any:  # noqa: ANN401
     """Load an encoder with its weights in float32, without a pooling layer.
 
+    One that is blank gets random weights.
+
     Args:
         encoder: Which.
         overrides: Values that replace those of its configuration.
@@ -113,6 +117,10 @@ def load_body(encoder: Pretrained, **overrides: object) -> Any:  # noqa: ANN401
     if inspect.isclass(architecture) and "add_pooling_layer" in _parameters(architecture):
         # Its weights are often not in the checkpoint, and nothing here reads its output.
         options["add_pooling_layer"] = False
+    if encoder.blank:
+        config = encoder.load("AutoConfig", **overrides)
+        pooling = {name: options[name] for name in options.keys() - overrides.keys()}
+        return _transformers().AutoModel.from_config(config, dtype=torch.float32, **pooling)
     body, report = encoder.load(
         "AutoModel",
         dtype=torch.float32,

@@ -6,7 +6,6 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import get_args
 
@@ -14,18 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from examples.erc import audio, ledger, text, visual
-from examples.erc.audio import AudioDataset, AudioEncoder, WaveformCollator
 from examples.erc.cache import Cache
 from examples.erc.clips import ClipStore, decode_clips
-from examples.erc.crew import Crew, Decoding, Limits
+from examples.erc.crew import Crew, Limits
 from examples.erc.dialogue import Clip, Corpus, Utterance
 from examples.erc.errors import InputError
 from examples.erc.ledger import LEDGER, Place, Policy
 from examples.erc.pretrained import Pretrained
+from examples.erc.raw_encoding import RawEncoding
 from examples.erc.recipe import Optimisation
-from examples.erc.source import JSON, MODALITIES, SPLITS, Dataset, Phase
-from examples.erc.text import Prompter, TextDataset, TextEncoder
-from examples.erc.visual import FrameFitter, VisualDataset, VisualEncoder
+from examples.erc.source import JSON, MODALITIES, SPLITS, Dataset, Line, Phase
 
 DEFAULT_ENCODERS: dict[str, str | None] = {
     "text": text.DEFAULT_ENCODER,
@@ -91,8 +88,6 @@ class RawSource:
         self.labels = corpus.labels
         self.modalities = tuple(modality for modality in MODALITIES if modality in chosen)
         self._corpus = corpus
-        self._max_seconds = max_seconds
-        self._max_text_tokens = max_text_tokens
         self._crop = crop
         self._bad_clips: Policy = bad_clips
         self._cache = cache
@@ -111,17 +106,25 @@ class RawSource:
             for split in SPLITS
         }
         self._check_clips()
-        self._encoders = {
-            modality: Pretrained(chosen[modality], (revisions or {}).get(modality))
-            for modality in self.modalities
-        }
-        self.feature_size = min(encoder.hidden_size for encoder in self._encoders.values())
+        self._encoding = RawEncoding(
+            {
+                modality: Pretrained(chosen[modality], (revisions or {}).get(modality))
+                for modality in self.modalities
+            },
+            len(corpus.labels),
+            speakers=corpus.speakers,
+            max_text_tokens=max_text_tokens,
+            max_seconds=max_seconds,
+            crop=crop,
+        )
+        self.feature_size = self._encoding.feature_size
         self.description: dict[str, JSON] = {
             "kind": "raw",
             "corpus": corpus.name,
             "annotations": _digest(corpus),
             "encoders": {
-                modality: encoder.description for modality, encoder in self._encoders.items()
+                modality: encoder.description
+                for modality, encoder in self._encoding.encoders.items()
             },
             "max_text_tokens": max_text_tokens,
             "max_seconds": max_seconds,
@@ -136,7 +139,9 @@ class RawSource:
             "corpus": self.name,
             "annotations": _digest(self._corpus, words="text" in modalities),
             "feature_size": self.feature_size,
-            "encoders": {modality: self._encoders[modality].description for modality in modalities},
+            "encoders": {
+                modality: self._encoding.encoders[modality].description for modality in modalities
+            },
             "clips": {
                 modality: [self._store(modality, split).digest for split in SPLITS]
                 for modality in modalities
@@ -144,7 +149,7 @@ class RawSource:
             },
         }
         if "text" in modalities:
-            described["max_text_tokens"] = self._max_text_tokens
+            described["max_text_tokens"] = self._encoding.max_text_tokens
         if left_out := self._left_out():
             described["left_out"] = left_out
         return described
@@ -153,6 +158,24 @@ class RawSource:
         """The labels of a split: int64, ``[N]``."""
         rows = self._corpus.utterances(split)
         return torch.tensor([rows[row].label for row in self._kept[split]])
+
+    def lines(self, split: str) -> list[Line]:
+        """Who says what in a split."""
+        lines = [
+            Line(
+                dialogue.identity,
+                row.identity,
+                row.name or f"speaker {row.speaker + 1}",
+                row.text,
+            )
+            for dialogue in self._corpus.splits[split]
+            for row in dialogue.utterances
+        ]
+        return [lines[row] for row in self._kept[split]]
+
+    def keep_encoding(self, folder: Path) -> dict[str, JSON]:
+        """Keep configurations, tokenizer and processors."""
+        return self._encoding.keep(folder)
 
     def prepare(self, folder: Path) -> None:
         """Load every encoder once, so that a bad one is found before any work; decode the clips.
@@ -179,12 +202,12 @@ class RawSource:
                 modality, split = place
                 self._clips[place] = decode_clips(
                     rows,
-                    self._decoding(modality),
+                    self._encoding.decoding(modality),
                     cache,
                     crew,
                     title=f"{self.title} {modality}, {split}",
                     label=modality,
-                    settings=self._preprocessor(modality).settings,
+                    settings=self._encoding.preprocessing(modality),
                 )
                 ledger.write(path, self._bad_clips, self._clips, self._rows)
         if self._cache is None:
@@ -193,54 +216,20 @@ class RawSource:
 
     def dataset(self, modality: str, split: str) -> Dataset:
         """The encoder inputs of one modality in one split; audio and visual after `prepare`."""
-        whole: Dataset
         if modality == "text":
-            whole = TextDataset(self._corpus.splits[split], self._prompter)
-        elif modality == "audio":
-            whole = AudioDataset(self._store(modality, split), self._collator)
+            whole = self._encoding.texts(self._corpus.splits[split])
         else:
-            whole = VisualDataset(self._store(modality, split), self._fitter)
+            whole = self._encoding.clips(modality, self._store(modality, split))
         kept = self._kept[split]
         return whole if len(kept) == len(whole) else _Selection(whole, kept)
 
     def encoder(self, modality: str) -> nn.Module:
         """A fresh encoder; what it initialises at random follows torch's global seed."""
-        encoder, classes, width = self._encoders[modality], len(self.labels), self.feature_size
-        if modality == "text":
-            return TextEncoder(encoder, self._prompter, classes, width)
-        if modality == "audio":
-            return AudioEncoder(encoder, classes, width)
-        return VisualEncoder(encoder, classes, width)
+        return self._encoding.encoder(modality)
 
     def optimisation(self, phase: Phase) -> Optimisation | None:
         """``None``: pretrained encoders are trained with the recipe's numbers."""
         return None
-
-    @cached_property
-    def _prompter(self) -> Prompter:
-        return Prompter(self._encoders["text"], self._corpus.speakers, self._max_text_tokens)
-
-    @cached_property
-    def _collator(self) -> WaveformCollator:
-        return WaveformCollator(self._encoders["audio"])
-
-    @cached_property
-    def _fitter(self) -> FrameFitter:
-        return FrameFitter(self._encoders["visual"])
-
-    def _preprocessor(self, modality: str) -> WaveformCollator | FrameFitter:
-        return self._collator if modality == "audio" else self._fitter
-
-    def _decoding(self, modality: str) -> Decoding:
-        if modality == "audio":
-            options: dict[str, JSON] = {"max_seconds": self._max_seconds}
-            return Decoding("examples.erc.sound:decode", options, lambda samples: samples)
-        options = {
-            "count": self._fitter.count,
-            "max_seconds": self._max_seconds,
-            "crop": self._crop,
-        }
-        return Decoding("examples.erc.pictures:decode", options, self._fitter.fit)
 
     def _store(self, modality: str, split: str) -> ClipStore:
         if (modality, split) not in self._clips:

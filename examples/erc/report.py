@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
@@ -35,11 +35,14 @@ from examples.erc.findings import findings
 from examples.erc.page import templates
 from examples.erc.results import Results, read
 
+if TYPE_CHECKING:  # it needs the training library
+    from examples.erc.mistakes import Analysis
+
 PRINTED = ("system", "weighted_f1", "macro_f1", "accuracy", "against_teacher")
 """The columns that the table at the end of a run has room for."""
 
 
-def write(results: Mapping[str, Any], folder: Path) -> Path:
+def write(results: Mapping[str, Any], folder: Path, mistakes: "Analysis | None" = None) -> Path:
     """Write the report of a run.
 
     Everything is checked and made in memory before the first file is written, and each file
@@ -49,6 +52,7 @@ def write(results: Mapping[str, Any], folder: Path) -> Path:
     Args:
         results: As the pipeline returns them; see :func:`examples.erc.results.read`.
         folder: Where to write; made if absent.
+        mistakes: What the systems get wrong; ``None``: the report says nothing about it.
 
     Returns:
         The path of ``report.html``.
@@ -59,7 +63,7 @@ def write(results: Mapping[str, Any], folder: Path) -> Path:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"folder: expected a folder, got the file {folder}; name another place")
     checked = read(results)
-    page = _page(checked)
+    page = _page(checked) | {"mistakes": mistakes}
     files = {
         f"plots/{picture.name}.png": picture.light
         for gallery in page["galleries"]

@@ -45,10 +45,26 @@ class Dataset(Protocol):
         ...
 
 
+class Line(NamedTuple):
+    """An utterance as people know it.
+
+    Attributes:
+        dialogue: The name of its dialogue, unique in the corpus.
+        utterance: Its own name, unique in the dialogue.
+        speaker: Who says it.
+        text: The words; ``None`` where the source has none.
+    """
+
+    dialogue: str
+    utterance: str
+    speaker: str
+    text: str | None
+
+
 class Source(Protocol):
     """A corpus, seen as encoder inputs and labels.
 
-    Row i of every modality and of the targets of a split is the same utterance.
+    Row i of every modality, of the lines and of the targets of a split is the same utterance.
 
     Attributes:
         name: The corpus in lower case, as in the name of the run folder.
@@ -74,6 +90,21 @@ class Source(Protocol):
 
     def targets(self, split: str) -> Tensor:
         """The labels of a split: int64, ``[N]``."""
+        ...
+
+    def lines(self, split: str) -> list[Line]:
+        """Who says what in a split; the utterances of a dialogue follow each other."""
+        ...
+
+    def keep_encoding(self, folder: Path) -> dict[str, JSON]:
+        """Keep what it takes to encode other dialogues alike, but for the weights.
+
+        Args:
+            folder: Empty; it receives the files.
+
+        Returns:
+            Its ``kind`` and its other settings; see :func:`examples.erc.encoding.load`.
+        """
         ...
 
     def prepare(self, folder: Path) -> None:

@@ -71,6 +71,23 @@ TEACHER = System(MODALITIES[:1])
 """The only one that learns from nobody."""
 
 
+def methods(modalities: tuple[str, ...]) -> list[System]:
+    """List the systems of TelME itself: the teacher, and what learns all that it has to teach.
+
+    Args:
+        modalities: Text first.
+
+    Returns:
+        Of :func:`plan` those without or with both distillations, and of the fusions those that
+        shift.
+    """
+    return [
+        system
+        for system in plan(modalities)
+        if system.distillation in (None, EVERYTHING) and system.fusion in (None, FUSIONS[-1])
+    ]
+
+
 def plan(modalities: tuple[str, ...]) -> list[System]:
     """List the systems to train, each after those that it builds on.
 

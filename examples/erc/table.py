@@ -97,7 +97,7 @@ class Row:
         )
 
 
-def read_table(path: Path, columns: Sequence[str]) -> list[Row]:
+def read_table(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> list[Row]:
     """Read a CSV table: UTF-8, a header, one line for each row.
 
     A quoted cell must not contain a line break: no corpus here has one, and a quotation mark that
@@ -106,6 +106,7 @@ def read_table(path: Path, columns: Sequence[str]) -> list[Row]:
     Args:
         path: The table.
         columns: The columns that are needed; others may be there as well.
+        optional: Columns that need not be there, but not twice either.
 
     Returns:
         The rows, at least one, with all their columns. Blank lines are left out.
@@ -115,7 +116,7 @@ def read_table(path: Path, columns: Sequence[str]) -> list[Row]:
     """
     lines = _decode(path).split("\n")
     header = _cells(path, 1, lines[0])
-    for column in columns:
+    for column in (*columns, *(column for column in optional if column in header)):
         if header.count(column) != 1:
             got = "it twice" if column in header else ", ".join(map(repr, header)) or "nothing"
             raise InputError(

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from types import FrameType
 from typing import Any, Literal, TypeAlias
 
@@ -157,6 +157,7 @@ def train(
     hardware: Hardware,
     title: str,
     checkpoints: Checkpoints | None = None,
+    lengths: Mapping[str, Sequence[int]] | None = None,
 ) -> Trained:
     """Train a model, keep its best epoch on dev, and compute its outputs once.
 
@@ -171,6 +172,7 @@ def train(
         hardware: What it runs on.
         title: What the progress bar says.
         checkpoints: Where the state is kept on the way, and gone on from; ``None``: nowhere.
+        lengths: See :func:`compute`, for each split; ``None``: no dialogues.
 
     Returns:
         The model's best epoch.
@@ -181,7 +183,7 @@ def train(
         KeyboardInterrupt: After a checkpoint of everything up to the last whole step.
     """
     training = _Training(
-        build, objective, datasets, dev_targets, optimisation, seed, hardware, title
+        build, objective, datasets, dev_targets, optimisation, seed, hardware, title, lengths or {}
     )
     with tqdm(
         total=optimisation.epochs * training.steps_of_an_epoch,
@@ -231,10 +233,12 @@ class _Training:
         seed: int,
         hardware: Hardware,
         title: str,
+        lengths: Mapping[str, Sequence[int]],
     ) -> None:
         self._started = time.perf_counter()
         self._objective = objective
         self._datasets = datasets
+        self._lengths = lengths
         self._dev_targets = dev_targets
         self._optimisation = optimisation
         self._title = title
@@ -292,7 +296,7 @@ class _Training:
                 f"{self._title}: the loss of epoch {number} is {self._total.item()}; lower the "
                 "learning rate, or train without mixed precision"
             )
-        dev = compute(self._bare, self._datasets["dev"], self._optimisation.batch_size)
+        dev = self._compute_split("dev")
         score = weighted_f1(self._dev_targets, dev["logits"])
         with self._whole():
             loss = self._total.item() / len(self._datasets["train"])
@@ -313,10 +317,7 @@ class _Training:
     def result(self) -> Trained:
         """The best epoch, and what it says about every split."""
         self._bare.load_state_dict(self._weights)
-        outputs = {
-            split: compute(self._bare, self._datasets[split], self._optimisation.batch_size)
-            for split in SPLITS
-        }
+        outputs = {split: self._compute_split(split) for split in SPLITS}
         return Trained(
             self._weights, outputs, tuple(self._history), self._best.epoch, self._seconds
         )
@@ -481,6 +482,14 @@ class _Training:
                 self._accelerator.backward(surrogate)
         return loss
 
+    def _compute_split(self, split: str) -> dict[str, Tensor]:
+        return compute(
+            self._bare,
+            self._datasets[split],
+            self._optimisation.batch_size,
+            self._lengths.get(split),
+        )
+
     def _compute(self, part: int, values: Mapping[str, Tensor]) -> Any:  # noqa: ANN401
         random_state.restore(self._streams[part], self._device)
         return self._model(**values)
@@ -512,15 +521,20 @@ def uninterrupted() -> Iterator[None]:
 
 
 @torch.no_grad()
-def compute(model: nn.Module, dataset: Dataset, batch_size: int) -> dict[str, Tensor]:
+def compute(
+    model: nn.Module, dataset: Dataset, batch_size: int, lengths: Sequence[int] | None = None
+) -> dict[str, Tensor]:
     """Compute a model's outputs for a whole split, in row order.
 
-    Several processes share the work; the batches are the same.
+    Several processes share the work; the batches are the same. No batch holds rows of two
+    dialogues, for the last bits of a row may depend on its batch: what is said about a dialogue
+    is then the same to the bit wherever it stands.
 
     Args:
         model: Called as ``model(**batch)``; it returns a named tuple of ``[B, ...]`` tensors.
         dataset: N rows.
         batch_size: Rows at a time, >= 1.
+        lengths: The number of rows of each dialogue, in order; ``None``: all are one dialogue.
 
     Returns:
         The fields of the tuple, each ``[N, ...]``, float32, on the CPU; the same in each process.
@@ -528,7 +542,12 @@ def compute(model: nn.Module, dataset: Dataset, batch_size: int) -> dict[str, Te
     model.eval()
     device = next(model.parameters()).device
     rows = list(range(len(dataset)))
-    batches = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+    ends = list(accumulate([len(rows)] if lengths is None else lengths, initial=0))
+    batches = [
+        rows[first : min(first + batch_size, end)]
+        for start, end in pairwise(ends)
+        for first in range(start, end, batch_size)
+    ]
     shared = 1 < processes.count() <= len(batches)
     own = batches[processes.index() :: processes.count()] if shared else batches
     whole: dict[str, Tensor] = {}

@@ -1,5 +1,6 @@
 """The picture: frames of a clip fitted to the encoder that watches, and that encoder."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,10 @@ class FrameFitter:
         )
         fitted: npt.NDArray[np.uint8] = batch["pixel_values"][0].astype(np.uint8)
         return fitted
+
+    def keep(self, folder: Path) -> None:
+        """Keep the settings in a folder, as the encoder's own had them."""
+        self._processor.save_pretrained(folder)
 
     def normalise(self, frames: Tensor) -> Tensor:
         """Scale and centre fitted pictures.

@@ -194,4 +194,5 @@ def _arrange_turn(root: Path, turn: Turn, speaker: int, film: Path | None) -> Ut
         label=LABELS.index(turn.label),
         audio=Clip(wav) if wav.is_file() else None,
         visual=Clip(film, turn.start, turn.end, find_side(turn.identity)) if film else None,
+        name=turn.person,
     )

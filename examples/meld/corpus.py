@@ -112,9 +112,9 @@ def find_clips(root: Path, split: str) -> Path:
 
 def _read_dialogue(folder: Path, identity: str, rows: dict[int, Row]) -> Dialogue:
     ordered = sorted(rows.items())
-    speakers = number_speakers(repair(row.text("Speaker")) for _, row in ordered)
+    names = [repair(row.text("Speaker")) for _, row in ordered]
     utterances = []
-    for (number, row), speaker in zip(ordered, speakers, strict=True):
+    for (number, row), name, speaker in zip(ordered, names, number_speakers(names), strict=True):
         path = locate(folder, f"dia{row.integer('Dialogue_ID')}_utt{number}.mp4")
         clip = Clip(path) if path.is_file() else None
         utterances.append(
@@ -125,6 +125,7 @@ def _read_dialogue(folder: Path, identity: str, rows: dict[int, Row]) -> Dialogu
                 label=row.index("Emotion", LABELS),
                 audio=clip,
                 visual=clip,
+                name=name,
             )
         )
     return Dialogue(identity, tuple(utterances))
