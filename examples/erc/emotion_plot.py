@@ -36,7 +36,7 @@ _WIDTH = 12.0
 _ROW = 0.27
 _HEAD = 0.95
 _FOOT = 0.45
-_LEFT, _RIGHT = 0.485, 0.91
+_LEFT, _LEFT_WITHOUT_WORDS, _RIGHT = 0.485, 0.2, 0.91
 _SPEAKER, _WORDS = 13, 56
 """Letters of a name and of an utterance that there is room for."""
 
@@ -81,11 +81,12 @@ def _figure(title: str, answers: Sequence[Answer], colours: Mapping[str, str]) -
     figure = Figure(
         figsize=(_WIDTH, round(8 * height) / 8), dpi=PIXELS * DENSITY, facecolor=LIGHT.paper
     )
-    axes = figure.add_axes((_LEFT, _FOOT / height, _RIGHT - _LEFT, 1 - (_HEAD + _FOOT) / height))
+    left = _LEFT if any(answer.line.text for answer in answers) else _LEFT_WITHOUT_WORDS
+    axes = figure.add_axes((left, _FOOT / height, _RIGHT - left, 1 - (_HEAD + _FOOT) / height))
     axes.set_facecolor(LIGHT.paper)
     axes.spines[:].set_visible(False)
     for row, answer in enumerate(answers):
-        _tell(axes, row, answer)
+        _tell(axes, row, answer, left)
         _stack(axes, row, answer, colours)
     axes.set_xlim(0, 1)
     axes.set_ylim(len(answers) - 0.5, -0.5)
@@ -106,11 +107,11 @@ def _figure(title: str, answers: Sequence[Answer], colours: Mapping[str, str]) -
     return figure
 
 
-def _tell(axes: Axes, row: int, answer: Answer) -> None:
+def _tell(axes: Axes, row: int, answer: Answer, left: float) -> None:
     """Write who says what to the left of a bar, and what was seen of it to the right."""
     style = {"va": "center", "size": 8.5, "clip_on": False}
-    scale = 1 / (_RIGHT - _LEFT)
-    start = (0.012 - _LEFT) * scale
+    scale = 1 / (_RIGHT - left)
+    start = (0.012 - left) * scale
     words = start + 0.092 * scale
     axes.text(
         start, row, fit(answer.line.speaker, _SPEAKER).rstrip(), weight="bold", color=LIGHT.ink,

@@ -126,6 +126,13 @@ def answer(run: FinishedRun, inputs: Inputs, device: Device = "auto") -> list[An
     """
     with torch.random.fork_rng(devices=[]):  # blank encoders draw weights, and drop them
         logits = _compute(run, inputs, device)
+    for system, values in logits.items():
+        wrong = (~values.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
+        if wrong:
+            raise InputError(
+                f"{_name(inputs.lines[wrong[0]])}: expected features of a usual size, but what "
+                f"{system.key} makes of them is not finite; extract them as for the run"
+            )
     probabilities = {system: values.softmax(dim=1).tolist() for system, values in logits.items()}
     order = sorted(
         logits,

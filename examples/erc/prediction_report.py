@@ -55,7 +55,7 @@ def write(run: FinishedRun, answers: Sequence[Answer], folder: Path) -> list[Pat
         name: picture
         for number, (dialogue, held) in enumerate(list(by_dialogue(answers))[:MOST_PICTURES])
         for name, picture in emotion_plot.draw(
-            _stem(number, dialogue), f"{run.title} labels, dialogue {dialogue}", held, run.labels
+            _stem(number, dialogue), f"Dialogue {dialogue}, emotions over time", held, run.labels
         )
     }
     files = {

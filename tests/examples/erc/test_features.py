@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from examples.erc.errors import InputError
-from examples.erc.features import LARGEST, FeatureSource
+from examples.erc.feature_encoding import LARGEST
+from examples.erc.features import FeatureSource
 from examples.erc.source import SPLITS, EncoderOutput
 
 Write = Callable[..., Path]
