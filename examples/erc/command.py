@@ -287,6 +287,8 @@ def _guard(
         _end(context, f"error: {error}", 2)
     except TrainingError as error:
         _end(context, f"error: {error}", 1)
+    except BrokenPipeError:  # nobody reads on, which click knows how to end
+        raise
     except OSError as error:
         _end(context, f"error: {error}; what was written before is kept", 1)
     except KeyboardInterrupt:
@@ -356,12 +358,13 @@ def _predict(name: str, options: dict[str, Any]) -> None:
                 click.echo(f"{dialogue}: no {modality}; predicted without it", err=True)
         answers = prediction.answer(run, inputs, options["device"])
     files = prediction_report.write(run, answers, folder)
-    click.echo(prediction_report.text(run, answers, shutil.get_terminal_size((120, 0)).columns))
+    click.echo(prediction_report.text(run, answers, _columns()))
     click.echo()
     for path in files[:3]:
         click.echo(path)
     if len(files) > 3:
-        click.echo(f"and {len(files) - 3} more pictures in {folder}")
+        more = len(files) - 3
+        click.echo(f"and {more} more picture{'s' if more > 1 else ''} in {folder}")
 
 
 def _mistakes(name: str, options: dict[str, Any]) -> None:
@@ -375,10 +378,15 @@ def _mistakes(name: str, options: dict[str, Any]) -> None:
     corpus = None if root is None else import_module(f"examples.{name}.corpus").read(root)
     analysis = mistakes.analyse(run, options["split"], corpus)
     files = mistakes.write(analysis, folder)
-    click.echo(mistakes.text(analysis, options["top"]))
+    click.echo(mistakes.text(analysis, options["top"], _columns()))
     click.echo()
     for path in files:
         click.echo(path)
+
+
+def _columns() -> int:
+    """Those of the terminal; 120 where there is none."""
+    return shutil.get_terminal_size((120, 0)).columns
 
 
 def _check_clip_options(options: dict[str, Any], run: Path) -> None:

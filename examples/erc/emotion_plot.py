@@ -29,7 +29,10 @@ _COLOURS = {
 }
 """The palette of Okabe and Ito, as far as it goes, by the first three letters of an emotion."""
 
-_OTHERS = ("#cc79a7", "#117733", "#332288", "#999933", "#aa4499", "#44aa99")
+_OTHERS = (
+    "#cc79a7", "#117733", "#332288", "#999933", "#aa4499", "#44aa99", "#661100", "#6699cc",
+    "#ddcc77", "#888888",
+)  # fmt: skip
 """For emotions that neither corpus has."""
 
 _WIDTH = 12.0

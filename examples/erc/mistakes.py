@@ -24,7 +24,7 @@ from examples.erc.errors import InputError
 from examples.erc.finished import FinishedRun
 from examples.erc.source import Line, Source
 from examples.erc.systems import System
-from examples.erc.terminal import fit, plain
+from examples.erc.terminal import abbreviations, fit, plain
 
 FORMAT = 1
 """Raised whenever a file here changes its form."""
@@ -44,7 +44,13 @@ _PAIRS = 5
 """Pairs of emotions that a report shows for each system."""
 
 _WIDTH = 120
-"""Columns of the table on a terminal."""
+"""Columns of the table on a narrow terminal."""
+
+_PERCENT = 5
+"""The column with numbers."""
+
+_SPEAKER, _SHORT_LINE = 12, 20
+"""Columns for a speaker, at most, and for an utterance, at least."""
 
 
 @dataclass(frozen=True)
@@ -242,12 +248,13 @@ def write(analysis: Analysis, folder: Path) -> list[Path]:
     return [folder / name for name in files]
 
 
-def text(analysis: Analysis, top: int) -> str:
+def text(analysis: Analysis, top: int, width: int = _WIDTH) -> str:
     """Write the most confident mistakes as plain text, for a terminal.
 
     Args:
         analysis: The mistakes.
         top: How many of each system.
+        width: Columns of the terminal; a narrow one gets 120 all the same.
 
     Returns:
         Several lines without a final line break.
@@ -265,7 +272,7 @@ def text(analysis: Analysis, top: int) -> str:
             for pair in record.pairs[:_PAIRS]
         )
         if wrong:
-            lines += [f"  Most often: {pairs}", "", *_grid(analysis, record.mistakes[:top])]
+            lines += [f"  Most often: {pairs}", "", *_grid(analysis, record.mistakes[:top], width)]
     return "\n".join(lines)
 
 
@@ -323,15 +330,10 @@ def _pairs(mistakes: Sequence[Mistake], truth: Sequence[str]) -> tuple[Pair, ...
     )
 
 
-def _grid(analysis: Analysis, mistakes: Sequence[Mistake]) -> list[str]:
-    emotion = max(9, *map(len, analysis.labels))
+def _grid(analysis: Analysis, mistakes: Sequence[Mistake], width: int) -> list[str]:
+    short = dict(zip(analysis.labels, abbreviations(analysis.labels), strict=True))
     others = [name for name, _ in analysis.names(mistakes[0])]
-    spoken = any(mistake.line.text for mistake in mistakes)
-    where = max(5, *(len(_where(mistake.line)) for mistake in mistakes))
-    speaker = min(12, max(7, *(len(plain(mistake.line.speaker)) for mistake in mistakes)))
-    opinion = max(map(len, analysis.labels)) + 4
-    said = _WIDTH - where - speaker - 2 * emotion - 4 - (opinion + 2) * len(others) - 10
-    rows = [["Where", "Speaker", "Utterance" if spoken else "", "True", "Said", "%", *others]]
+    rows = [["Where", "Speaker", "Utterance", "True", "Said", "%", *others]]
     rows += [
         [
             _where(mistake.line),
@@ -341,19 +343,23 @@ def _grid(analysis: Analysis, mistakes: Sequence[Mistake]) -> list[str]:
             mistake.said.emotion,
             f"{100 * mistake.said.probability:.0f}",
             *(
-                f"{held.emotion} {100 * held.probability:.0f}"
+                f"{short[held.emotion]} {100 * held.probability:.0f}"
                 for _, held in analysis.names(mistake)
             ),
         ]
         for mistake in mistakes
     ]
-    widths = [where, speaker, max(said, 20) if spoken else 0, emotion, emotion, 3]
-    widths += [max(opinion, len(name)) for name in others]
+    widths = [max(len(plain(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    widths[1] = min(widths[1], _SPEAKER)
+    # The words take what the rest leaves, between a short line and the longest.
+    rest = max(width, _WIDTH) - 2 - sum(widths) + widths[2] - 2 * (len(widths) - 1)
+    widths[2] = min(widths[2], max(rest, _SHORT_LINE))
+    spoken = any(mistake.line.text for mistake in mistakes)
     lines = [
         "  ".join(
-            cell.rjust(3) if index == 5 else fit(cell, width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-            if width
+            cell.rjust(columns) if index == _PERCENT else fit(cell, columns)
+            for index, (cell, columns) in enumerate(zip(row, widths, strict=True))
+            if index != 2 or spoken
         ).rstrip()
         for row in rows
     ]

@@ -15,7 +15,7 @@ from examples.erc import terminal
 from examples.erc.finished import FinishedRun, dev_score
 from examples.erc.prediction import Answer, emotion_of
 from examples.erc.systems import System
-from examples.erc.terminal import fit, plain
+from examples.erc.terminal import abbreviations, fit, plain
 
 FORMAT = 1
 """Raised whenever the JSON changes its form."""
@@ -118,7 +118,7 @@ def text(run: FinishedRun, answers: Sequence[Answer], width: int) -> str:
 
 def _grid(run: FinishedRun, answers: Sequence[Answer], width: int) -> list[str]:
     """The table of one dialogue."""
-    short = _abbreviations(run.labels)
+    short = abbreviations(run.labels)
     number = max(1, *(len(plain(each.line.utterance)) for each in answers))
     name = min(_NAME, max(7, *(len(plain(each.line.speaker)) for each in answers)))
     emotion = max(7, *map(len, run.labels))
@@ -171,12 +171,6 @@ def _percent(value: float | None, top: bool) -> str:
 
 def _seen(system: System | None) -> str:
     return "nothing" if system is None else "+".join(system.modalities)
-
-
-def _abbreviations(labels: Sequence[str]) -> list[str]:
-    """The labels cut to the fewest letters, from three on, that tell them apart; at most four."""
-    short = [label[:3] for label in labels]
-    return short if len({*short}) == len(labels) else [label[:4] for label in labels]
 
 
 def _table(run: FinishedRun, answers: Sequence[Answer]) -> str:

@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
 
 def plain(value: str) -> str:
@@ -27,6 +28,12 @@ def fit(value: str, columns: int) -> str:
             cut += letter
         value = cut.rstrip() + "…"
     return value + " " * (columns - width(value))
+
+
+def abbreviations(labels: Sequence[str]) -> list[str]:
+    """Cut labels to three letters, or to four if three do not tell them apart."""
+    short = [label[:3] for label in labels]
+    return short if len({*short}) == len(labels) else [label[:4] for label in labels]
 
 
 def _columns(letter: str) -> int:
