@@ -333,7 +333,7 @@ def _predict(name: str, options: dict[str, Any]) -> None:
     modalities = prediction.choose_modalities(run, wanted)
     folder: Path = options["output"] or run_folder / "predictions" / dialogue.stem
     # As in the run: another number of threads may add up in another order.
-    torch.set_num_threads(run.record["threads"])
+    torch.set_num_threads(min(run.record["threads"], os.cpu_count() or 1))
     with tempfile.TemporaryDirectory() as scratch:
         if run.record["kind"] == "features":
             _check_clip_options(options, run_folder)

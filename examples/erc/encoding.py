@@ -52,7 +52,6 @@ def keep(source: Source, folder: Path, command: str) -> None:
         "labels": list(source.labels),
         "command": command,
         "threads": torch.get_num_threads(),
-        "source": {modality: source.describe((modality,)) for modality in source.modalities},
         "files": files,
         **kept,
     }
@@ -70,8 +69,8 @@ def read(folder: Path, corpus: str) -> dict[str, Any]:
         corpus: The corpus that it has to be of, in lower case.
 
     Returns:
-        The record: ``kind``, ``title``, ``labels``, ``modalities``, ``command``, ``threads``, the
-        ``source`` of each modality, and what the kind of encoding needs.
+        The record: ``kind``, ``title``, ``labels``, ``modalities``, ``command``, ``threads``,
+        and what the kind of encoding needs.
 
     Raises:
         InputError: There is no such run, or its files are damaged or of another corpus.

@@ -18,24 +18,18 @@ import torch
 from torch import Tensor
 
 from examples.erc import artifacts
-from examples.erc.artifacts import DamageError
 from examples.erc.dialogue import Corpus
 from examples.erc.errors import InputError
 from examples.erc.finished import FinishedRun
-from examples.erc.source import Line, Source
+from examples.erc.source import Line
 from examples.erc.systems import System
 from examples.erc.terminal import abbreviations, fit, plain
 
 FORMAT = 1
 """Raised whenever a file here changes its form."""
 
-TRUTH = "truth.json"
-"""The labels of dev and test with their lines, in the folder of a run."""
-
 TABLE = "mistakes.csv"
 DOCUMENT = "mistakes.json"
-
-SPLITS = ("dev", "test")
 
 SHOWN = 10
 """Mistakes of each system that a report shows."""
@@ -149,28 +143,6 @@ class Analysis:
         return [(names[key], opinion) for key, opinion in mistake.others.items()]
 
 
-def keep_truth(source: Source, folder: Path) -> None:
-    """Keep the labels of dev and test, and who says what there, in the folder of a run.
-
-    Args:
-        source: The corpus, prepared.
-        folder: Of the run.
-    """
-    artifacts.write_record(
-        folder / TRUTH,
-        {
-            "format": FORMAT,
-            **{
-                split: {
-                    "targets": source.targets(split).tolist(),
-                    "lines": [list(line) for line in source.lines(split)],
-                }
-                for split in SPLITS
-            },
-        },
-    )
-
-
 def analyse(run: FinishedRun, split: str = "test", annotations: Corpus | None = None) -> Analysis:
     """Find what the systems of a run get wrong.
 
@@ -184,9 +156,9 @@ def analyse(run: FinishedRun, split: str = "test", annotations: Corpus | None = 
         The mistakes of each modality's own system and of the fusion of everything.
 
     Raises:
-        InputError: What the run kept is damaged, or the annotations are of other utterances.
+        InputError: The annotations are of other utterances.
     """
-    lines, targets = _read_truth(run, split)
+    lines, targets = run.lines(split), run.targets(split)
     if annotations is not None:
         lines = _add_words(lines, targets, annotations, split)
     systems = [system for system in run.stages if not system.fusion]
@@ -195,8 +167,6 @@ def analyse(run: FinishedRun, split: str = "test", annotations: Corpus | None = 
     said = {
         system: run.stages[system].outputs(split)["logits"].softmax(dim=1) for system in systems
     }
-    if any(len(values) != len(targets) for values in said.values()):
-        raise _damaged(run, "it has another number of utterances than the stages")
     opinions = {
         system: [
             Opinion(run.labels[index], probability)
@@ -274,27 +244,6 @@ def text(analysis: Analysis, top: int, width: int = _WIDTH) -> str:
         if wrong:
             lines += [f"  Most often: {pairs}", "", *_grid(analysis, record.mistakes[:top], width)]
     return "\n".join(lines)
-
-
-def _read_truth(run: FinishedRun, split: str) -> tuple[list[Line], list[int]]:
-    path = run.folder / TRUTH
-    if not path.is_file():
-        raise InputError(
-            f"{run.folder}: expected a finished run, got one without {TRUTH}; run "
-            f"'{run.record['command']}' again: it goes on where it stopped"
-        )
-    try:
-        held = artifacts.read_record(path)
-    except DamageError as damage:
-        raise _damaged(run, str(damage)) from damage
-    return [Line(*line) for line in held[split]["lines"]], held[split]["targets"]
-
-
-def _damaged(run: FinishedRun, how: str) -> InputError:
-    return InputError(
-        f"{run.folder / TRUTH}: expected the file as the run wrote it, but {how}; run "
-        f"'{run.record['command']}' again: it keeps what is whole"
-    )
 
 
 def _add_words(

@@ -18,7 +18,8 @@ from pathlib import Path
 from torch import Generator, nn
 
 import telme_kd
-from examples.erc import artifacts, encoding, mistakes, processes
+from examples.erc import artifacts, encoding, processes
+from examples.erc import finished as finished_run
 from examples.erc.artifacts import CHECKPOINTS, Artifact
 from examples.erc.checkpoint import Checkpoints
 from examples.erc.errors import InputError
@@ -88,7 +89,7 @@ def run(
         results = {**_circumstances(source, recipe, command), **_evaluate(source, finished)}
         text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
         if processes.first():
-            mistakes.keep_truth(source, folder)
+            finished_run.keep(source, finished, folder)
             artifacts.replace(
                 folder / RESULTS, lambda path: path.write_text(text, encoding="utf-8")
             )

@@ -165,15 +165,15 @@ def test_other_annotations_are_refused(home: Path, change: Callable[[list[int]],
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "without truth.json"), ("{}", "is damaged")]
+    ("content", "message"), [(None, "without finished.json"), ("{}", "is damaged")]
 )
 def test_a_run_without_its_labels_is_refused(
     home: Path, tmp_path: Path, content: str | None, message: str
 ) -> None:
     shutil.copytree(home / "run", tmp_path / "run")
-    (tmp_path / "run" / "truth.json").unlink()
+    (tmp_path / "run" / "finished.json").unlink()
     if content is not None:
-        (tmp_path / "run" / "truth.json").write_text(content)
+        (tmp_path / "run" / "finished.json").write_text(content)
     result = call("mistakes", tmp_path / "run")
     assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr

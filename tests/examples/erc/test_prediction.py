@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
-from examples.erc import encoding, finished
+from examples.erc import artifacts, encoding, finished
 from examples.erc.command import make_command
 from examples.erc.dialogue import Corpus, Dialogue
 from examples.erc.features import FeatureSource
@@ -450,15 +450,18 @@ def spoil_weights(folder: Path) -> None:
 def swap_teachers(folder: Path) -> None:
     """A teacher that is whole, but not the one that the others were made with."""
     stage = folder / "seed-0" / "text" / "stage.json"
-    document = json.loads(stage.read_text())
-    del document["seal"]
+    document = artifacts.read_record(stage)
     document["settings"]["seed"] = 5
-    from examples.erc import artifacts
-
     document["fingerprint"] = artifacts.sha256(
         artifacts.canonical({"format": artifacts.FORMAT, **document["settings"]})
     )
     artifacts.write_record(stage, document)
+
+
+def begin_anew(folder: Path) -> None:
+    """The same folder, with other features, and not at its end yet."""
+    record = artifacts.read_record(folder / "encoding" / "encoding.json")
+    artifacts.write_record(folder / "encoding" / "encoding.json", {**record, "command": "other"})
 
 
 @pytest.mark.parametrize(
@@ -468,13 +471,16 @@ def swap_teachers(folder: Path) -> None:
         (lambda folder: shutil.rmtree(folder / "encoding"), "expected the folder of a run"),
         (lambda folder: (folder / "encoding/encoding.json").write_text("{}"), "is damaged"),
         (lambda folder: (folder / "encoding/scales.safetensors").unlink(), "is missing"),
-        (lambda folder: shutil.rmtree(folder / "seed-0"), "without a stage text+audio+visual/"),
+        (lambda folder: shutil.rmtree(folder / "seed-0"), "without the stage seed-0/text+audio+"),
+        (lambda folder: (folder / "finished.json").unlink(), "without finished.json; run 'the com"),
+        (lambda folder: (folder / "finished.json").write_text("[]"), "but finished.json is damag"),
+        (begin_anew, "without a finished.json of its own; run 'other' again"),
         (
             lambda folder: (folder / "seed-0/text/stage.json").unlink(),
-            "without a stage seed-0/text",
+            "without the stage seed-0/text that it made",
         ),
         (spoil_weights, "but model.safetensors is damaged"),
-        (swap_teachers, "of the same input as the others"),
+        (swap_teachers, "without the stage seed-0/text that it made"),
     ],
 )
 def test_a_run_that_is_not_whole_is_refused(
