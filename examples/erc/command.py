@@ -363,8 +363,8 @@ def _predict(name: str, options: dict[str, Any]) -> None:
     for path in files[:3]:
         click.echo(path)
     if len(files) > 3:
-        more = len(files) - 3
-        click.echo(f"and {more} more picture{'s' if more > 1 else ''} in {folder}")
+        rest = len(files) - 3
+        click.echo(f"and {rest} more picture{'s' if rest > 1 else ''} in {folder}")
 
 
 def _mistakes(name: str, options: dict[str, Any]) -> None:

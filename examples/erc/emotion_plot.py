@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -112,7 +113,7 @@ def _figure(title: str, answers: Sequence[Answer], colours: Mapping[str, str]) -
 
 def _tell(axes: Axes, row: int, answer: Answer, left: float) -> None:
     """Write who says what to the left of a bar, and what was seen of it to the right."""
-    style = {"va": "center", "size": 8.5, "clip_on": False}
+    style: dict[str, Any] = {"va": "center", "size": 8.5, "clip_on": False}
     scale = 1 / (_RIGHT - left)
     start = (0.012 - left) * scale
     words = start + 0.092 * scale

@@ -32,8 +32,8 @@ _MOST_PRINTED = 200
 _NARROWEST = 100
 """Columns of the table on a narrow terminal."""
 
-_NAME = 12
-"""Columns for a speaker, at most."""
+_NAME = 20
+"""Columns for the name of an utterance or of a speaker, at most."""
 
 
 def write(run: FinishedRun, answers: Sequence[Answer], folder: Path) -> list[Path]:
@@ -119,7 +119,7 @@ def text(run: FinishedRun, answers: Sequence[Answer], width: int) -> str:
 def _grid(run: FinishedRun, answers: Sequence[Answer], width: int) -> list[str]:
     """The table of one dialogue."""
     short = abbreviations(run.labels)
-    number = max(1, *(len(plain(each.line.utterance)) for each in answers))
+    number = min(_NAME, max(1, *(len(plain(each.line.utterance)) for each in answers)))
     name = min(_NAME, max(7, *(len(plain(each.line.speaker)) for each in answers)))
     emotion = max(7, *map(len, run.labels))
     seen = max(4, *(len(_seen(each.system)) for each in answers))
@@ -144,29 +144,23 @@ def _grid(run: FinishedRun, answers: Sequence[Answer], width: int) -> list[str]:
     lines = [line(head)]
     lines.append("-" * len(lines[0]))
     for each in answers:
-        top = max(each.answer, default=0.0)
+        said_most = emotion_of(each, run.labels)
         lines.append(
             line(
                 [
-                    plain(each.line.utterance).rjust(number),
+                    fit(each.line.utterance, number).strip().rjust(number),
                     fit(each.line.speaker, name),
                     fit(each.line.text or "", said) if spoken else "",
-                    fit(emotion_of(each, run.labels) or "-", emotion),
+                    fit(said_most or "-", emotion),
                     "".join(
-                        _percent(value, value == top).rjust(5)
-                        for value in each.answer or [None] * len(short)
-                    ),
+                        f"{'*' if label == said_most else ''}{100 * share:.0f}".rjust(5)
+                        for label, share in zip(run.labels, each.answer, strict=False)
+                    ).rjust(5 * len(short)),
                     _seen(each.system).ljust(seen),
                 ]
             )
         )
     return lines
-
-
-def _percent(value: float | None, top: bool) -> str:
-    if value is None:
-        return "-"
-    return f"{'*' if top else ''}{100 * value:.0f}"
 
 
 def _seen(system: System | None) -> str:
