@@ -128,7 +128,7 @@ def write(folder: Path, *, seed: int = 0, size: Size = Size()) -> Path:  # noqa:
     dialogues = _dialogues(seed, size)
     total = sum(len(dialogue.utterances) for split in dialogues.values() for dialogue in split)
     written = []
-    with tqdm(total=total, desc="synthetic IEMOCAP", unit="utterance") as progress:
+    with tqdm(total=total, desc="synthetic IEMOCAP", unit="utterance", disable=None) as progress:
         for split, scenes in dialogues.items():
             for dialogue in scenes:
                 paths = [root / dialogue.recording(row) for row in dialogue.utterances]

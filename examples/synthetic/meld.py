@@ -87,7 +87,9 @@ def write(folder: Path, *, seed: int = 0, size: Size = Size()) -> Path:  # noqa:
     people = {name: Person.named(name, seed) for name in CAST}
     rows = {split: list(_rows(seed, split, getattr(size, split))) for split in CLIPS}
     written = []
-    with tqdm(total=sum(map(len, rows.values())), desc="synthetic MELD", unit="clip") as progress:
+    with tqdm(
+        total=sum(map(len, rows.values())), desc="synthetic MELD", unit="clip", disable=None
+    ) as progress:
         for split, clips in CLIPS.items():
             (root / clips).mkdir(exist_ok=True)
             for row in rows[split]:
