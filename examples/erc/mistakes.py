@@ -73,6 +73,12 @@ class Mistake:
     truth_probability: float
     others: Mapping[str, Opinion]
 
+    @property
+    def where(self) -> str:
+        """Dialogue and utterance, without repeating the one in the other."""
+        dialogue, utterance = self.line.dialogue, self.line.utterance
+        return utterance if utterance.startswith(dialogue) else f"{dialogue} {utterance}"
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -285,7 +291,7 @@ def _grid(analysis: Analysis, mistakes: Sequence[Mistake], width: int) -> list[s
     rows = [["Where", "Speaker", "Utterance", "True", "Said", "%", *others]]
     rows += [
         [
-            _where(mistake.line),
+            plain(mistake.where),
             mistake.line.speaker,
             mistake.line.text or "",
             mistake.truth,
@@ -314,13 +320,6 @@ def _grid(analysis: Analysis, mistakes: Sequence[Mistake], width: int) -> list[s
     ]
     lines.insert(1, "-" * max(map(len, lines)))
     return [f"  {line}" for line in lines]
-
-
-def _where(line: Line) -> str:
-    """Dialogue and utterance, without repeating the one in the other."""
-    if line.utterance.startswith(line.dialogue):
-        return plain(line.utterance)
-    return plain(f"{line.dialogue} {line.utterance}")
 
 
 def _table(analysis: Analysis) -> str:

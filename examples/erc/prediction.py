@@ -180,9 +180,10 @@ def _compute(run: FinishedRun, inputs: Inputs, device: Device) -> dict[System, T
 
 def _hardware(device: Device, precision: MixedPrecision) -> Hardware:
     """The device, and the precision of the run as far as the device has it."""
-    plain = Hardware(device)
-    if precision == "fp16" and plain.accelerator().device.type == "cpu":
-        return plain
+    # Asked before there is any Hardware: accelerate holds on to the first precision it is told.
+    accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
+    if precision == "fp16" and (device == "cpu" or not accelerated):
+        precision = "no"
     return Hardware(device, precision)
 
 

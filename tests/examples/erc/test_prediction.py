@@ -3,7 +3,7 @@
 import csv
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
@@ -56,7 +57,7 @@ class Raw:
         return probabilities
 
 
-def train(source: Source, name: str, folder: Path) -> None:
+def train(source: Source, name: str, folder: Path, hardware: Hardware | None = None) -> None:
     recipe: Recipe = import_module(f"examples.{name}.recipes").RELEASED
     stages = {}
     for phase in ("teacher", "student", "fusion"):
@@ -64,7 +65,7 @@ def train(source: Source, name: str, folder: Path) -> None:
         assert own is not None
         brief = replace(own, epochs=1, batch_size=4)
         stages[phase] = replace(getattr(recipe, phase), optimisation=brief)
-    run(source, replace(recipe, **stages), (0,), folder, Hardware("cpu"), "the command")
+    run(source, replace(recipe, **stages), (0,), folder, hardware or Hardware("cpu"), "the command")
 
 
 @pytest.fixture(scope="module", params=["meld", "iemocap"])
@@ -345,6 +346,25 @@ def test_features_of_a_dialogue_get_the_answers_of_the_run_to_the_bit(
     for system in methods(("text", "audio", "visual")):
         stored = Raw("meld", features, features, ()).stored(system)[11:]
         assert [values(said, system) for said in answers] == stored
+
+
+@pytest.fixture
+def any_precision() -> Iterator[None]:
+    """Accelerate holds on to the first precision that it is told."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("any_precision")
+def test_mixed_precision_is_that_of_the_run(write_features: Write, tmp_path: Path) -> None:
+    source = FeatureSource(write_features(), "meld", ("text", "audio"))
+    train(source, "meld", tmp_path / "run", Hardware("cpu", "bf16"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    answers = predict_features(tmp_path / "run", cut(tmp_path / "features", tmp_path / "one", 9))
+    run = Raw("meld", tmp_path / "run", tmp_path, ())
+    for system in methods(("text", "audio")):
+        assert [values(said, system) for said in answers] == run.stored(system)[11:]
 
 
 def test_masked_features_are_a_modality_that_is_not_there(features: Path, tmp_path: Path) -> None:
