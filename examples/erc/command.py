@@ -326,18 +326,19 @@ def _predict(name: str, options: dict[str, Any]) -> None:
 
     import torch
 
-    from examples.erc import dialogue_file, prediction, prediction_report
+    from examples.erc import dialogue_file, prediction, prediction_inputs, prediction_report
     from examples.erc.finished import FinishedRun
 
     run = FinishedRun(run_folder, name, options["seed"])
-    modalities = prediction.choose_modalities(run, wanted)
-    folder: Path = options["output"] or run_folder / "predictions" / dialogue.stem
+    modalities = prediction_inputs.choose_modalities(run, wanted)
+    folder: Path = options["output"] or run_folder / "predictions" / dialogue.resolve().stem
+    _check_output(folder)
     # As in the run: another number of threads may add up in another order.
     torch.set_num_threads(min(run.record["threads"], os.cpu_count() or 1))
     with tempfile.TemporaryDirectory() as scratch:
         if run.record["kind"] == "features":
             _check_clip_options(options, run_folder)
-            inputs = prediction.read_features(run, dialogue, modalities)
+            inputs = prediction_inputs.read_features(run, dialogue, modalities)
         else:
             corpus = import_module(f"examples.{name}.corpus")
             file = dialogue_file.read(dialogue, options["clips"], getattr(corpus, "repair", str))
@@ -345,7 +346,7 @@ def _predict(name: str, options: dict[str, Any]) -> None:
                 names = ", ".join(map(repr, file.ignored[:12]))
                 more = ", ..." if len(file.ignored) > 12 else ""
                 click.echo(f"{dialogue}: not looked at: {names}{more}", err=True)
-            inputs = prediction.read_clips(
+            inputs = prediction_inputs.read_clips(
                 run,
                 file,
                 modalities,
@@ -373,6 +374,7 @@ def _mistakes(name: str, options: dict[str, Any]) -> None:
     from examples.erc.finished import FinishedRun
 
     folder: Path = options["output"] or options["run"]
+    _check_output(folder)
     run = FinishedRun(options["run"], name, options["seed"])
     root: Path | None = options["annotations"]
     corpus = None if root is None else import_module(f"examples.{name}.corpus").read(root)
@@ -382,6 +384,13 @@ def _mistakes(name: str, options: dict[str, Any]) -> None:
     click.echo()
     for path in files:
         click.echo(path)
+
+
+def _check_output(folder: Path) -> None:
+    """Find before any work that there is a file in the way."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"--output: expected a folder, got the file {there}; name another place")
 
 
 def _columns() -> int:

@@ -132,7 +132,7 @@ def _stack(axes: Axes, row: int, answer: Answer, colours: Mapping[str, str]) -> 
     labels = list(colours)
     top = emotion_of(answer, labels)
     begin = 0.0
-    for label, share in zip(labels, answer.answer, strict=False):
+    for label, share in zip(labels, answer.shares, strict=False):
         axes.barh(row, share, 0.78, left=begin, color=colours[label], linewidth=0)
         if label == top:
             axes.text(

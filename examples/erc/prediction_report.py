@@ -154,7 +154,7 @@ def _grid(run: FinishedRun, answers: Sequence[Answer], width: int) -> list[str]:
                     fit(said_most or "-", emotion),
                     "".join(
                         f"{'*' if label == said_most else ''}{100 * share:.0f}".rjust(5)
-                        for label, share in zip(run.labels, each.answer, strict=False)
+                        for label, share in zip(run.labels, each.shares, strict=False)
                     ).rjust(5 * len(short)),
                     _seen(each.system).ljust(seen),
                 ]
@@ -174,7 +174,8 @@ def _table(run: FinishedRun, answers: Sequence[Answer]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
         [
-            "dialogue", "utterance", "speaker", "text", "seen", "system", "emotion", "probability",
+            "dialogue", "utterance", "speaker", "text", "present", "system", "emotion",
+            "probability",
             *run.labels,
             *(
                 f"{system.modalities[0]}_{part}"
@@ -186,8 +187,8 @@ def _table(run: FinishedRun, answers: Sequence[Answer]) -> str:
     )  # fmt: skip
     for each in answers:
         cells: list[object] = [*each.line[:3], each.line.text or "", "+".join(each.present)]
-        cells += [each.system.key if each.system else "", *_best(each.answer, run.labels)]
-        cells += each.answer or [""] * len(run.labels)
+        cells += [each.system.key if each.system else "", *_best(each.shares, run.labels)]
+        cells += each.shares or [""] * len(run.labels)
         for system in alone:
             cells += _best(each.probabilities.get(system, ()), run.labels)
         cells.append("; ".join(f"{kind}: {why}" for kind, why in each.faults.items()))

@@ -287,7 +287,7 @@ def test_the_table_says_who_answers(raw: Raw, tmp_path: Path) -> None:
     assert names == ["dialogue-1-0.png", "predictions.csv", "predictions.json"]
     table = (tmp_path / "out" / "predictions.csv").read_text(encoding="utf-8")
     (row,) = csv.DictReader(table.splitlines())
-    assert (row["text"], row["seen"], row["system"]) == ("Well \x1b[2J then.", "text", "text")
+    assert (row["text"], row["present"], row["system"]) == ("Well \x1b[2J then.", "text", "text")
     assert row["audio_emotion"] == ""
 
 
@@ -416,6 +416,28 @@ def test_features_that_do_not_fit_are_refused(
     assert (result.exit_code, result.stdout) == (2, ""), result.output
     assert message in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["predict", "mistakes"])
+def test_an_output_that_is_a_file_is_found_before_any_work(
+    features: Path, tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "file").touch()
+    words = [command, features, *([tmp_path / "features"] if command == "predict" else [])]
+    result = call("meld", *words, "--output", tmp_path / "file" / "in it")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"--output: expected a folder, got the file {tmp_path / 'file'}" in result.stderr
+
+
+def test_a_run_on_text_alone_has_a_teacher_and_its_mistakes(
+    write_features: Write, tmp_path: Path
+) -> None:
+    train(FeatureSource(write_features(), "meld", ("text",)), "meld", tmp_path / "run")
+    answers = predict_features(tmp_path / "run", cut(tmp_path / "features", tmp_path / "one", 9))
+    assert {said["system"] for said in answers} == {"text"}
+    result = call("meld", "mistakes", tmp_path / "run")
+    assert result.exit_code == 0, result.stderr
+    assert "\nText teacher: " in result.stdout
 
 
 @pytest.mark.parametrize("text", ["Speaker,Utterance\nAda,Well.\n", None])
