@@ -185,3 +185,62 @@ def test_digest_tells_other_content(write_features: Write) -> None:
     other = read(write_features(set_row("audio_voice", 0, 0.0)), "meld").sha256
     assert first["meta.json"] == again["meta.json"] == other["meta.json"]
     assert first["features.npz"] != other["features.npz"]
+
+
+def test_lines_tell_who_says_what(write_features: Write) -> None:
+    def name(arrays: Arrays, meta: Meta) -> None:
+        arrays["speaker"][:2] = [1, 0]
+        meta["dialogues"][0]["utterances"] = [f"u{row}" for row in range(7)]
+        meta["dialogues"][0]["texts"] = [f"word {row}" for row in range(7)]
+
+    lines = read(write_features(name), "meld").lines
+    assert len(lines) == 80
+    assert lines[0] == ("d0", "u0", "Bo", "word 0")
+    assert lines[1] == ("d0", "u1", "Ada", "word 1")
+    assert lines[7][:2] == ("d1", "0")
+    assert lines[7].text is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        put_dialogue(1, "id", "d0"),
+        put_dialogue(1, "id", 5),
+        lambda arrays, meta: meta["dialogues"][0].pop("id"),
+    ],
+)
+def test_dialogues_without_names_that_tell_apart_are_numbered(
+    write_features: Write, change: Change
+) -> None:
+    lines = read(write_features(change), "meld").lines
+    assert list(dict.fromkeys(line.dialogue for line in lines)) == [str(n) for n in range(10)]
+
+
+@pytest.mark.parametrize("value", [["a"] * 6, ["a"] * 7, [1] * 7, "abcdefg"])
+def test_utterances_without_names_that_tell_apart_are_numbered(
+    write_features: Write, value: Any
+) -> None:
+    lines = read(write_features(put_dialogue(0, "utterances", value)), "meld").lines
+    assert [line.utterance for line in lines[:7]] == [str(number) for number in range(7)]
+
+
+def test_labels_and_splits_need_not_be_there(write_features: Write) -> None:
+    def strip(arrays: Arrays, meta: Meta) -> None:
+        del arrays["label"], arrays["split"], meta["labels"]
+
+    whole = read(write_features(), "meld")
+    found = read(write_features(strip), "meld", labelled=False)
+    assert (found.labels, found.label.size, found.rows) == ((), 0, {})
+    assert found.lines == whole.lines
+    assert (found.start == whole.start).all()
+    assert [*found.modalities] == [*whole.modalities]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["no speaker", "no dialogue", "short text", "nan", "short mask", "words"],
+)
+def test_other_faults_are_found_without_labels(write_features: Write, name: str) -> None:
+    change, message = FAULTS[name]
+    with pytest.raises(InputError, match=message):
+        read(write_features(change), "meld", labelled=False)

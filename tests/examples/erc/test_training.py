@@ -169,6 +169,27 @@ def test_train_keeps_the_best_epoch_and_its_outputs(points: dict[str, Tensor]) -
         assert len(expected) == len(values)
 
 
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), batch_size=st.integers(1, 5))
+def test_no_batch_holds_rows_of_two_dialogues(lengths: list[int], batch_size: int) -> None:
+    """Of each dialogue all batches but the last are full, whatever stands around it."""
+    asked: list[list[int]] = []
+
+    class Noted(Points):
+        def __getitem__(self, rows: list[int]) -> dict[str, Tensor]:
+            asked.append(rows)
+            return super().__getitem__(rows)
+
+    values = torch.arange(2.0 * sum(lengths)).reshape(-1, 2)
+    model = Line()
+    found = compute(model, Noted(values), batch_size, lengths)["logits"]
+    assert torch.allclose(found, model.layer(values).detach())
+    expected = []
+    for length, end in zip(lengths, torch.tensor(lengths).cumsum(0).tolist(), strict=True):
+        rows = list(range(end - length, end))
+        expected += [rows[first : first + batch_size] for first in range(0, length, batch_size)]
+    assert asked == expected
+
+
 def test_train_stops_when_patience_is_over(points: dict[str, Tensor]) -> None:
     still = replace(PLAIN, learning_rate=1e-9, epochs=9, patience=3)
     trained = fit(points, still)
