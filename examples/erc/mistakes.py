@@ -255,20 +255,26 @@ def text(analysis: Analysis, top: int, width: int = _WIDTH) -> str:
 def _add_words(
     lines: Sequence[Line], targets: Sequence[int], corpus: Corpus, split: str
 ) -> list[Line]:
-    """Take the words from a corpus whose utterances are the same, one by one."""
-    dialogues = corpus.splits[split]
-    lengths = [len(dialogue.utterances) for dialogue in dialogues]
+    """Take the words from a corpus with the same utterances, by their names or one by one."""
     utterances = corpus.utterances(split)
-    same = list(Counter(line.dialogue for line in lines).values()) == lengths
-    if not same or [row.label for row in utterances] != list(targets):
+    lengths = [len(dialogue.utterances) for dialogue in corpus.splits[split]]
+    named = {row.identity: row for row in utterances}
+    names = [line.utterance for line in lines]
+    if len({*names}) < len(names):
+        names = [f"{line.dialogue}_{line.utterance}" for line in lines]
+    rows = [named.get(name) for name in names]
+    if None in rows and list(Counter(line.dialogue for line in lines).values()) == lengths:
+        rows = [*utterances]
+    found = [row for row in rows if row is not None]
+    if len(found) < len(lines) or [row.label for row in found] != list(targets):
         raise InputError(
             f"--annotations: expected the {len(lines)} utterances that the run was scored on in "
-            f"{split}, got {len(utterances)}{'' if same else ' in dialogues of other lengths'} "
-            "with other labels; give the annotations that the features were made from"
+            f"{split}, in the same order and with the same labels, got {len(utterances)} others; "
+            "give the annotations that the features were made from"
         )
     return [
         line._replace(text=row.text, speaker=row.name or line.speaker)
-        for line, row in zip(lines, utterances, strict=True)
+        for line, row in zip(lines, found, strict=True)
     ]
 
 

@@ -141,6 +141,23 @@ def annotated(home: Path, change: Callable[[list[int]], object] = lambda labels:
     return Corpus("meld", LABELS, splits)
 
 
+def test_words_are_found_by_the_names_of_utterances(home: Path) -> None:
+    """In another order than that of the features."""
+    corpus = annotated(home)
+    lines = FeatureSource(home / "features", "meld").lines("test")
+    dialogues = []
+    for dialogue in corpus.splits["test"]:
+        said = [
+            replace(row, identity=f"{lines[number].dialogue}_{lines[number].utterance}")
+            for row in dialogue.utterances
+            for number in (int(row.identity),)
+        ]
+        dialogues.append(Dialogue(dialogue.identity, tuple(reversed(said))))
+    shuffled = replace(corpus, splits={**corpus.splits, "test": tuple(reversed(dialogues))})
+    run = FinishedRun(home / "run", "meld")
+    assert analyse(run, "test", shuffled) == analyse(run, "test", corpus)
+
+
 def test_words_come_from_the_annotations(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("examples.meld.corpus.read", lambda root: annotated(home))
     result = call("mistakes", home / "run", "--annotations", home, "--output", home / "out")
