@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.transforms import Bbox, TransformedBbox
 
 from examples.erc.plots import DENSITY, LIGHT, PIXELS, png
 from examples.erc.prediction import Answer, emotion_of
@@ -41,7 +42,7 @@ _ROW = 0.27
 _HEAD = 0.95
 _FOOT = 0.45
 _LEFT, _LEFT_WITHOUT_WORDS, _RIGHT = 0.485, 0.2, 0.91
-_SPEAKER, _WORDS = 13, 56
+_SPEAKER, _WORDS = 13, 66
 """Letters of a name and of an utterance that there is room for."""
 
 
@@ -122,7 +123,10 @@ def _tell(axes: Axes, row: int, answer: Answer, left: float) -> None:
         **style,
     )  # fmt: skip
     said = plain(answer.line.text or "") or f"utterance {plain(answer.line.utterance)}"
-    axes.text(words, row, fit(said, _WORDS).rstrip(), color=LIGHT.ink, **style)
+    told = axes.text(words, row, fit(said, _WORDS).rstrip(), color=LIGHT.ink, **style)
+    # Letters differ in width, and many wide ones would reach into the bar.
+    room = Bbox([[start, 0], [-0.01 * scale, 1]])
+    told.set(clip_on=True, clip_box=TransformedBbox(room, axes.transAxes))
     seen = " ".join(answer.system.modalities) if answer.system else "nothing"
     axes.text(1 + 0.008 * scale, row, seen, color=LIGHT.muted, **{**style, "size": 7.5})
 

@@ -32,8 +32,8 @@ _MOST_PRINTED = 200
 _NARROWEST = 100
 """Columns of the table on a narrow terminal."""
 
-_NAME = 20
-"""Columns for the name of an utterance or of a speaker, at most."""
+_UTTERANCE, _SPEAKER = 20, 14
+"""Columns for the name of an utterance and of a speaker, at most."""
 
 
 def write(run: FinishedRun, answers: Sequence[Answer], folder: Path) -> list[Path]:
@@ -119,8 +119,8 @@ def text(run: FinishedRun, answers: Sequence[Answer], width: int) -> str:
 def _grid(run: FinishedRun, answers: Sequence[Answer], width: int) -> list[str]:
     """The table of one dialogue."""
     short = abbreviations(run.labels)
-    number = min(_NAME, max(1, *(len(plain(each.line.utterance)) for each in answers)))
-    name = min(_NAME, max(7, *(len(plain(each.line.speaker)) for each in answers)))
+    number = min(_UTTERANCE, max(1, *(len(plain(each.line.utterance)) for each in answers)))
+    name = min(_SPEAKER, max(7, *(len(plain(each.line.speaker)) for each in answers)))
     emotion = max(7, *map(len, run.labels))
     seen = max(4, *(len(_seen(each.system)) for each in answers))
     fixed = number + name + emotion + seen + 5 * len(short) + 10
