@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy.typing as npt
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from examples.erc import artifacts
@@ -85,10 +85,9 @@ class Cache:
         for path in sorted(self.folder.glob(f"{key}.*{_SUFFIX}")):
             expected = path.name.removesuffix(_SUFFIX).rpartition(".")[2]
             with suppress(FileNotFoundError):
-                if artifacts.file_sha256(path) == expected:
-                    with safe_open(path, framework="np") as file:
-                        notes = json.loads(file.metadata()[_NOTES])
-                    return Shard(path, expected, notes)
+                with suppress(artifacts.DamageError):
+                    if artifacts.file_sha256(path) == expected:
+                        return Shard(path, expected, _read_notes(path))
                 path.unlink()
         return None
 
@@ -186,12 +185,11 @@ class Cache:
         assert claim is not None
         with claim:
             self._digests = {**_read_digests(path), **fresh}
-            text = json.dumps(
-                {name: [*known[0], known[1]] for name, known in sorted(self._digests.items())},
-                indent=0,
-            )
             with _explain(path):
-                artifacts.replace(path, lambda partial: partial.write_text(text, "utf-8"))
+                artifacts.write_record(
+                    path,
+                    {name: [*known[0], known[1]] for name, known in sorted(self._digests.items())},
+                )
 
     def keep_only(self, shards: Sequence[Shard]) -> None:
         """Remove all other shards, and what killed runs left; for a folder that no one shares."""
@@ -227,15 +225,28 @@ def _sign(path: Path) -> Signature:
     return Signature(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-def _read_digests(path: Path) -> dict[str, tuple[Signature, str]]:
-    """The digests that were written down; none where there is no readable file."""
+def _read_notes(path: Path) -> Any:  # noqa: ANN401
+    """The notes of a shard.
+
+    Raises:
+        DamageError: It has none: this cache did not write it.
+    """
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        with safe_open(path, framework="np") as file:
+            return json.loads(file.metadata()[_NOTES])
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise artifacts.DamageError(f"{path.name} is no shard") from error
+
+
+def _read_digests(path: Path) -> dict[str, tuple[Signature, str]]:
+    """The digests that were written down; none where there is no whole file."""
+    try:
+        known = artifacts.read_record(path)
         return {
             name: (Signature(int(size), int(modified), int(changed)), str(sha256))
             for name, (size, modified, changed, sha256) in known.items()
         }
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, artifacts.DamageError, ValueError, TypeError, OverflowError):
         return {}
 
 

@@ -12,7 +12,6 @@ each of its rows, the ``utterances``' names and their ``texts``.
 import hashlib
 import json
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,11 @@ Array: TypeAlias = npt.NDArray[Any]
 
 ARRAYS = "features.npz"
 META = "meta.json"
+
+_MOST_BYTES = 1 << 32
+"""The largest size of all arrays that are read: 4 GiB; those of a corpus have some 10 MB."""
+
+_LONGEST_REASON = 200
 
 
 class Measured(NamedTuple):
@@ -168,7 +172,7 @@ def _read_meta(path: Path, corpus: str, *, labelled: bool) -> dict[str, Any]:
             f"{path}: expected a file that can be read ({error.strerror}); "
             f"hand over a folder with {ARRAYS} and {META}"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected JSON, got something else ({error})") from error
     if not isinstance(meta, dict):
         raise InputError(f"{path}: expected an object, got a {type(meta).__name__}")
@@ -181,7 +185,7 @@ def _read_meta(path: Path, corpus: str, *, labelled: bool) -> dict[str, Any]:
     if labelled and (
         not isinstance(labels, list)
         or len(labels) < 2
-        or not all(isinstance(label, str) and label for label in labels)
+        or not all(isinstance(name, str) and name and name.isprintable() for name in labels)
         or len(set(labels)) < len(labels)
     ):
         raise InputError(
@@ -211,8 +215,9 @@ def _read_arrays(path: Path, *, labelled: bool) -> dict[str, Array]:
     """Read the arrays that matter; pickled objects are refused."""
     needed = ("label", "split", "dialogue", "speaker")[0 if labelled else 2 :]
     try:
-        with zipfile.ZipFile(path):
-            pass  # a lone array, which numpy would load too, is no archive
+        with zipfile.ZipFile(path) as archive:  # numpy would load a lone array too
+            if sum(part.file_size for part in archive.infolist()) > _MOST_BYTES:
+                raise ValueError(f"it holds more than {_MOST_BYTES} bytes")
         with np.load(path, allow_pickle=False) as file:
             arrays = {
                 name: file[name]
@@ -224,10 +229,12 @@ def _read_arrays(path: Path, *, labelled: bool) -> dict[str, Array]:
             f"{path}: expected a file that can be read ({error.strerror}); "
             f"hand over a folder with {ARRAYS} and {META}"
         ) from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    # What reads hostile bytes may fail in any way.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
         raise InputError(
-            f"{path}: expected an npz file of plain arrays, got one that cannot be read ({error}); "
-            "write it again with numpy.savez"
+            f"{path}: expected an npz file of plain arrays, got one that cannot be read "
+            f"({reason}); write it again with numpy.savez"
         ) from error
     missing = [name for name in needed if name not in arrays]
     if missing:

@@ -2,23 +2,24 @@
 
 import hashlib
 import inspect
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from examples.erc.errors import InputError
 from examples.erc.source import JSON, EncoderOutput
 
 _BLOCK = 1 << 20
+
+_LONGEST_REASON = 400
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Pretrained:
 
     Code that comes with an encoder is never run. Weights are read as safetensors or, where the
     publisher has none, by PyTorch's restricted unpickler, which builds tensors and refuses
-    everything else.
+    everything else. Of a branch or tag, all parts are those of one commit, whatever moves meanwhile.
 
     Attributes:
         name: The name on the Hub, or the path of a folder.
@@ -38,6 +39,42 @@ class Pretrained:
     name: str
     revision: str | None = None
     blank: bool = False
+
+    @classmethod
+    def parse(cls, typed: str, revision: str | None = None) -> Self:
+        """Read ``NAME``, ``NAME@REVISION`` or ``FOLDER``.
+
+        Args:
+            typed: What the user typed. A folder that is there is a folder, whatever it is called.
+            revision: For a name without one of its own.
+
+        Raises:
+            InputError: There is an ``@`` with nothing before or after it, or a folder or a second
+                revision beside it.
+        """
+        name, at, own = typed.rpartition("@")
+        if not at or Path(typed).is_dir():
+            return cls(typed, revision)
+        if not name or not own or revision is not None or Path(name).is_dir():
+            raise InputError(
+                f"{typed}: expected NAME@REVISION, a name on the Hugging Face Hub and one branch, "
+                "tag or commit there; leave @ and what follows out for a folder or the main branch"
+            )
+        return cls(name, own)
+
+    @cached_property
+    def commit(self) -> str | None:
+        """The commit on the Hub that everything is loaded from; ``None`` for a folder.
+
+        Raises:
+            InputError: There is no such encoder.
+        """
+        if Path(self.name).is_dir():
+            return None
+        with self._explain("AutoConfig"):
+            download = import_module("huggingface_hub").hf_hub_download
+            # The cache keeps the files of a commit in a folder that is named by it.
+            return Path(download(self.name, "config.json", revision=self.revision)).parent.name
 
     @cached_property
     def config(self) -> Any:  # noqa: ANN401
@@ -50,8 +87,18 @@ class Pretrained:
 
     @property
     def hidden_size(self) -> int:
-        """The width of its hidden states."""
-        return int(self.config.hidden_size)
+        """The width of its hidden states.
+
+        Raises:
+            InputError: There is no such encoder, or its configuration has no such number.
+        """
+        size = getattr(self.config, "hidden_size", None)
+        if not isinstance(size, int) or size < 1:
+            raise InputError(
+                f"{self.name}: expected an encoder with a hidden_size >= 1, got {size!r}; "
+                "choose another encoder"
+            )
+        return size
 
     @property
     def description(self) -> dict[str, JSON]:
@@ -59,8 +106,7 @@ class Pretrained:
         folder = Path(self.name)
         if folder.is_dir():
             return {"name": folder.resolve().name, "sha256": _digest(folder)}
-        commit = getattr(self.config, "_commit_hash", None)
-        return {"name": self.name, "revision": commit or self.revision}
+        return {"name": self.name, "revision": self.commit}
 
     def load(self, kind: str, **options: object) -> Any:  # noqa: ANN401
         """Load a part of it by way of one of transformers' Auto classes.
@@ -79,7 +125,7 @@ class Pretrained:
         with self._explain(kind):
             return loader.from_pretrained(
                 self.name,
-                revision=self.revision or "main",
+                revision=self.commit or "main",
                 trust_remote_code=False,
                 **options,
             )
@@ -88,8 +134,11 @@ class Pretrained:
     def _explain(self, kind: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-            reason = " ".join(str(error).split())
+        except InputError:
+            raise
+        # What reads hostile files may fail in any way.
+        except Exception as error:
+            reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
             raise InputError(
                 f"{self.name}: expected an encoder for {kind}, on the Hugging Face Hub or in a "
                 f"folder with its weights, got an error ({reason}); "
@@ -184,8 +233,9 @@ def _transformers() -> Any:  # noqa: ANN401
     """Import transformers, which takes seconds, only when an encoder is wanted.
 
     Its reports about loaded weights are silenced, as :func:`load_body` checks them, and so is its
-    progress bar; that of downloads stays.
+    progress bar; that of downloads stays. It asks no service of the Hub to convert what it loads.
     """
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")
     transformers = import_module("transformers")
     downloads = import_module("huggingface_hub.utils")
     transformers.logging.set_verbosity_error()

@@ -41,8 +41,9 @@ class RawSource:
     Args:
         corpus: What a reader returned.
         title: The corpus as people write it.
-        encoders: For each modality an encoder by its name on the Hugging Face Hub or its folder.
-            A modality that is not there, or is ``None``, is left out; text is needed.
+        encoders: For each modality an encoder by its name on the Hugging Face Hub, also with its
+            revision as ``NAME@REVISION``, or its folder. A modality that is not there, or is
+            ``None``, is left out; text is needed.
         revisions: The branch, tag or commit on the Hub, for the modalities that need another than
             the main branch.
         max_text_tokens: The length of the longest prompt; older words are cut.
@@ -108,7 +109,7 @@ class RawSource:
         self._check_clips()
         self._encoding = RawEncoding(
             {
-                modality: Pretrained(chosen[modality], (revisions or {}).get(modality))
+                modality: Pretrained.parse(chosen[modality], (revisions or {}).get(modality))
                 for modality in self.modalities
             },
             len(corpus.labels),

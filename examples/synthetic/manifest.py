@@ -12,6 +12,7 @@ from typing import Any
 
 from examples.erc.artifacts import file_sha256, replace
 from examples.erc.errors import InputError
+from examples.erc.table import locate
 from examples.synthetic.script import Size
 
 NAME = "synthetic.json"
@@ -85,8 +86,8 @@ class Manifest:
             return None
         try:
             found = json.loads(self._path.read_text(encoding="utf-8"))
-            digests: dict[str, str] | None = found.pop("files")
-        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            digests = self._check(found.pop("files"))
+        except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
             raise InputError(
                 f"{self._path}: expected the marker of a synthetic corpus, got a damaged file; "
                 "remove the folder"
@@ -102,6 +103,21 @@ class Manifest:
                 f"{self.root}: expected the synthetic corpus with {expected}, got {got}; "
                 "choose another folder or remove this one"
             )
+        return digests
+
+    def _check(self, digests: Any) -> dict[str, str] | None:  # noqa: ANN401
+        """Files that are damaged are removed, so every name has to be one of the corpus.
+
+        Raises:
+            TypeError: They are no digests by name.
+            InputError: A name leads out of the root.
+        """
+        if digests is None:
+            return None
+        if not isinstance(digests, dict) or not all(isinstance(d, str) for d in digests.values()):
+            raise TypeError
+        for name in digests:
+            locate(self.root, name)
         return digests
 
     def _write(self, digests: dict[str, str] | None) -> None:
