@@ -28,7 +28,7 @@ class Pretrained:
 
     Code that comes with an encoder is never run. Weights are read as safetensors or, where the
     publisher has none, by PyTorch's restricted unpickler, which builds tensors and refuses
-    everything else. Of a branch or tag, all parts are those of one commit, whatever moves meanwhile.
+    everything else. All parts are of one commit, even if a branch moves meanwhile.
 
     Attributes:
         name: The name on the Hub, or the path of a folder.

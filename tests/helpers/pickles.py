@@ -1,4 +1,4 @@
-"""Files that run code if they are read carelessly: a corpus of hostile pickles, made on the spot."""
+"""Hostile pickles, made on the spot: files that run code if they are read carelessly."""
 
 import io
 import os
