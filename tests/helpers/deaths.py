@@ -13,6 +13,7 @@ PRELOADED = [
     "torch._dynamo",
     "sklearn.metrics",
     "pytest",
+    "tests.helpers.small_stores",
 ]
 """What takes seconds to import is imported once, in the process that all others are forked from."""
 

@@ -1,4 +1,5 @@
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,6 +105,37 @@ def test_obtain_repairs_damage_with_a_warning(
     assert obtain(stage.folder, "a stage", SETTINGS, trained) == stage
     assert capsys.readouterr().err == f"warning: a stage: {name} is damaged; computing it again\n"
     assert snapshot(stage.folder) == before
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_flipped_bit_and_cut_is_found(
+    stage: Artifact, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Again(Exception):
+        pass
+
+    def again(fingerprint: str) -> Trained:
+        raise Again
+
+    path = stage.folder / name
+    data = path.read_bytes()
+    draw = random.Random(0)
+    # All of the bytes but the last, which in JSON is a line break.
+    spoiled = [data[:kept] for kept in draw.choices(range(len(data) - 1), k=1000)]
+    for place in draw.choices(range(8 * len(data)), k=1000):
+        flipped = bytearray(data)
+        flipped[place // 8] ^= 1 << place % 8
+        spoiled.append(bytes(flipped))
+    capsys.readouterr()
+    for damaged in spoiled:
+        path.write_bytes(damaged)
+        with pytest.raises(Again):
+            obtain(stage.folder, "a stage", SETTINGS, again)
+        assert capsys.readouterr().err == (
+            f"warning: a stage: {name} is damaged; computing it again\n"
+        )
+    path.write_bytes(data)
+    assert obtain(stage.folder, "a stage", SETTINGS, never) == stage
 
 
 @pytest.mark.parametrize("name", FILES[:2])

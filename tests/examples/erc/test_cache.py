@@ -43,9 +43,8 @@ def test_a_shard_is_found_again_with_its_notes(cache: Cache) -> None:
 def test_every_flipped_bit_is_found(cache: Cache) -> None:
     put = cache.put("audio-1", ARRAYS, {"rows": 3})
     data = put.path.read_bytes()
-    places = np.random.default_rng(0).integers(0, 8 * len(data), 50)
 
-    for place in places:
+    for place in np.random.default_rng(0).permutation(8 * len(data))[:1000]:
         flipped = bytearray(data)
         flipped[place // 8] ^= 1 << place % 8
         put.path.write_bytes(flipped)
@@ -53,12 +52,36 @@ def test_every_flipped_bit_is_found(cache: Cache) -> None:
         assert not put.path.exists()
 
 
-@pytest.mark.parametrize("kept", [0, 8, 500])
-def test_a_cut_shard_is_found(cache: Cache, kept: int) -> None:
+def test_every_cut_is_found(cache: Cache) -> None:
     put = cache.put("audio-1", ARRAYS, {})
-    put.path.write_bytes(put.path.read_bytes()[:kept])
+    data = put.path.read_bytes()
 
-    assert cache.find("audio-1") is None
+    for kept in np.random.default_rng(1).permutation(len(data))[:1000]:
+        put.path.write_bytes(data[:kept])
+        assert cache.find("audio-1") is None
+        assert not put.path.exists()
+
+
+def test_every_flipped_bit_and_cut_of_the_digests_is_found(
+    cache: Cache, source: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "time_ns", lambda: 1 << 62)
+    expected = cache.digest(source)
+    cache.keep_digests()
+    path = cache.folder / SOURCES
+    data = path.read_bytes()
+    draw = np.random.default_rng(0)
+    spoiled = [data[:kept] for kept in draw.integers(0, len(data) - 1, 1000)]
+    for place in draw.integers(0, 8 * len(data), 1000):
+        flipped = bytearray(data)
+        flipped[place // 8] ^= 1 << place % 8
+        spoiled.append(bytes(flipped))
+
+    for damaged in spoiled:
+        path.write_bytes(damaged)
+        reads.clear()
+        assert Cache(cache.folder).digest(source) == expected
+        assert reads == [source]
 
 
 def test_a_claim_is_had_by_one_alone(cache: Cache) -> None:
