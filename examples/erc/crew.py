@@ -1,6 +1,7 @@
 """Processes that decode media files: a bad file can cost its own clips, and nothing else."""
 
 import json
+import math
 import os
 import select
 import signal
@@ -38,6 +39,10 @@ _FAREWELL = 10.0
 """Seconds that a killed process is waited for."""
 
 _LONGEST_HEADER = 1 << 16
+
+_LONGEST_REASON = 400
+
+_MOST_AXES = 8
 
 NOT_LIMITED = (
     "note: this system does not limit the memory of a process; a hostile clip may use all of it"
@@ -277,18 +282,24 @@ class _Process:
         left = set(range(len(clips)))
         while True:
             header, values = self._receive(limits.silence, limits.memory)
-            if "done" in header:
-                return
             if "fatal" in header:
-                raise _LostError(Result(None, "broken", str(header["fatal"])))
+                raise _LostError(Result(None, "broken", _line(header["fatal"])))
+            if "done" in header:
+                if left:
+                    raise _nonsense()
+                return
+            if (values is None) != ("broken" in header):
+                raise _nonsense()
             if "position" not in header:
                 for position in left:
-                    yield position, Result(None, "broken", str(header["broken"]))
+                    yield position, Result(None, "broken", _line(header["broken"]))
                 return
-            position = int(header["position"])
+            position = header["position"]
+            if type(position) is not int or position not in left:
+                raise _nonsense()
             left.discard(position)
             if values is None:
-                yield position, Result(None, "broken", str(header["broken"]))
+                yield position, Result(None, "broken", _line(header["broken"]))
             elif damaged := header["damaged"]:
                 reason = f"damaged packets left out: {damaged}"
                 yield position, Result(decoding.finish(values), "damaged", reason)
@@ -321,14 +332,19 @@ class _Process:
         patience = _Patience(silence)
         length = int.from_bytes(self._read(4, patience), "little")
         if length > _LONGEST_HEADER:
-            raise _LostError(Result(None, "broken", "its process talks nonsense"))
-        header: dict[str, Any] = json.loads(self._read(length, patience))
-        if "dtype" not in header:
+            raise _nonsense()
+        data = self._read(length, patience)
+        try:
+            header, described = _parse(data)
+        # A hostile file may say anything by way of the process that it has taken.
+        except Exception as error:
+            raise _nonsense() from error
+        if described is None:
             return header, None
-        kind, shape = np.dtype(header["dtype"]), tuple(map(int, header["shape"]))
-        size = kind.itemsize * int(np.prod(shape, dtype=object))
-        if kind.hasobject or not 0 <= size <= largest:
-            raise _LostError(Result(None, "broken", "its process talks nonsense"))
+        kind, shape = described
+        size = kind.itemsize * math.prod(shape)
+        if size > largest:
+            raise _nonsense()
         return header, np.frombuffer(self._read(size, patience), kind).reshape(shape)
 
     def _read(self, size: int, patience: "_Patience") -> bytearray:
@@ -349,6 +365,36 @@ class _Process:
             return _LostError(Result(None, "broken", "it needs more time than a clip may"))
         how = signal.Signals(-status).name if status < 0 else f"status {status}"
         return _LostError(Result(None, "broken", f"the decoder crashed ({how})"), chance=True)
+
+
+def _line(said: object) -> str:
+    """What a process says of a clip, in one line that is not too long."""
+    return " ".join(str(said).split())[:_LONGEST_REASON]
+
+
+def _parse(
+    data: bytes | bytearray,
+) -> tuple[dict[str, Any], tuple[np.dtype[Any], tuple[int, ...]] | None]:
+    """A header, and the dtype and shape of the array that follows, if one does.
+
+    Raises:
+        ValueError: It is none; so do other errors.
+    """
+    header = json.loads(data)
+    if not isinstance(header, dict):
+        raise ValueError("no object")
+    if "dtype" not in header:
+        return header, None
+    if type(header.get("damaged")) is not int:
+        raise ValueError("no count of damaged packets")
+    kind, shape = np.dtype(header["dtype"]), tuple(map(int, header["shape"]))
+    if kind.kind not in "biuf" or min(shape, default=0) < 0 or len(shape) > _MOST_AXES:
+        raise ValueError("no array of numbers")
+    return header, (kind, shape)
+
+
+def _nonsense() -> _LostError:
+    return _LostError(Result(None, "broken", "its process talks nonsense"))
 
 
 class _Patience:

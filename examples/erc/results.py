@@ -18,6 +18,9 @@ DISTILLATIONS = ("none", "response", "response+feature")
 FUSIONS = ("concatenation", "shifting")
 """The fusion heads, the plain one first."""
 
+_SHOWN = 200
+"""How many characters of the keys that are there an error shows."""
+
 Document = dict[str, Any]
 """A results dict as JSON has it."""
 
@@ -243,7 +246,8 @@ class _Value:
     def __getitem__(self, key: str) -> "_Value":
         found = self.mapping()
         if key not in found:
-            present = ", ".join(found) or "nothing"
+            names = [name if name.isprintable() else repr(name) for name in found]
+            present = ", ".join(names)[:_SHOWN] or "nothing"
             raise InputError(
                 f"{self.where}[{key!r}]: expected this key, got only {present}; "
                 "hand over the results as the pipeline returns them"

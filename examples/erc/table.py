@@ -13,6 +13,9 @@ from examples.erc.errors import InputError
 _SHOWN = 60
 """How many characters of a faulty cell an error shows."""
 
+_SHOWN_HEADER = 400
+"""How many characters of a header without a column an error shows."""
+
 _DIGITS = 9
 """How many digits a whole number may have."""
 
@@ -118,7 +121,8 @@ def read_table(path: Path, columns: Sequence[str], optional: Sequence[str] = ())
     header = _cells(path, 1, lines[0])
     for column in (*columns, *(column for column in optional if column in header)):
         if header.count(column) != 1:
-            got = "it twice" if column in header else ", ".join(map(repr, header)) or "nothing"
+            names = ", ".join(map(repr, header))[:_SHOWN_HEADER] or "nothing"
+            got = "it twice" if column in header else names
             raise InputError(
                 f"{path}, line 1: expected one column {column!r}, got {got}; "
                 "use the table as it was published"

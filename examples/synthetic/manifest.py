@@ -58,8 +58,8 @@ class Manifest:
         """Mark the corpus as unfinished; what is left in the folder is whole and right."""
         self.root.mkdir(parents=True, exist_ok=True)
         for name in self._digests or ():
-            if not self._is_intact(name):
-                (self.root / name).unlink(missing_ok=True)
+            if (self.root / name).is_file() and not self._is_intact(name):
+                (self.root / name).unlink()
         for partial in self.root.rglob("*.partial"):
             partial.unlink()
         self._write(None)
@@ -95,7 +95,8 @@ class Manifest:
         if found != self._identity:
             expected, got = (
                 ", ".join(
-                    f"{key} {values.get(key)}" for key in ("corpus", "version", "seed", "size")
+                    f"{key} {' '.join(str(values.get(key)).split())[:80]}"
+                    for key in ("corpus", "version", "seed", "size")
                 )
                 for values in (self._identity, found)
             )

@@ -5,13 +5,11 @@
 
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
@@ -19,6 +17,7 @@ from hypothesis import strategies as st
 
 from examples.erc.check_report import manifest, summary
 from examples.erc.errors import InputError
+from tests.helpers.damage import Mutation, astray, audited, mutate, mutations
 
 MELD_HEADER = (
     "Sr No.,Utterance,Speaker,Emotion,Sentiment,Dialogue_ID,Utterance_ID,Season,Episode,"
@@ -92,55 +91,7 @@ CORPORA = {
     "iemocap texts": ("iemocap", iemocap_texts()),
 }
 
-PAYLOADS = [
-    b"../../outside/secret", b"/etc/passwd", b"..", b"\x00", b'"', b"\xef\xbb\xbf", b"\x92",
-    b"\xed\xa0\x80", b"\xff\xfe", b"\r", b"\r\n", b"\n", b"\x1b[2J", "\u2028\u202e\ufffd".encode(),
-    "\u0085\u0081\u00e2\u20ac\u2122".encode(), b",", b",,,,", b"\t", b"[", b"[[[[]]]]", b"]:",
-    b"-1", b"nan", b"inf", b"1e999", b"9" * 30, b"9" * 5000, b"999999999", b"00:00:00,000",
-    b"99:99:99,999", b"0.0", b"joy", b"xxx", b"hap", b"Ses05F_impro01_F000", b"Ses99F_x_M000",
-    b"_" * 300, b"A" * 140_000, "\u0661\u0662".encode(), b"=cmd|' /C calc'!A0", b"%s%n{0}",
-]  # fmt: skip
-
-
-class Mutation(NamedTuple):
-    file: int
-    action: str
-    place: float
-    length: int
-    payload: bytes
-
-
-mutations = st.builds(
-    Mutation,
-    st.integers(0, 40),
-    st.sampled_from(
-        ["insert"] * 4 + ["overwrite"] * 3
-        + ["delete", "repeat", "cut", "flip", "swap lines", "empty", "remove", "folder", "link"]
-    ),
-    st.floats(0, 1),
-    st.integers(1, 80),
-    st.one_of(st.sampled_from(PAYLOADS), st.binary(min_size=1, max_size=6)),
-)  # fmt: skip
-
-
-def mutate(data: bytes, mutation: Mutation) -> bytes:
-    at = int(mutation.place * len(data))
-    end = at + mutation.length
-    if mutation.action == "swap lines":
-        lines = data.split(b"\n")
-        one, other = int(mutation.place * (len(lines) - 1)), mutation.length % len(lines)
-        lines[one], lines[other] = lines[other], lines[one]
-        return b"\n".join(lines)
-    middle = {
-        "insert": mutation.payload + data[at:end],
-        "overwrite": mutation.payload,
-        "delete": b"",
-        "repeat": data[at:end] * 3,
-        "flip": bytes(byte ^ 1 << mutation.length % 8 for byte in data[at:end]),
-    }
-    if mutation.action in middle:
-        return data[:at] + middle[mutation.action] + data[end:]
-    return data[:at] if mutation.action == "cut" else b""
+damaged = mutations(["remove", "folder", "link"])
 
 
 def write(folder: Path, files: dict[str, bytes], changes: list[Mutation]) -> Path:
@@ -165,37 +116,6 @@ def write(folder: Path, files: dict[str, bytes], changes: list[Mutation]) -> Pat
         elif special.get(name) != "remove":
             path.write_bytes(data)
     return root
-
-
-opened: list[str] | None = None
-
-
-def note(event: str, arguments: tuple[Any, ...]) -> None:
-    if opened is not None and event in ("open", "os.listdir", "os.scandir", "os.remove"):
-        opened.append(str(arguments[0]))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def audit() -> None:
-    # Never taken away again: Python has no way to. It does nothing outside of these tests.
-    sys.addaudithook(note)
-
-
-@contextmanager
-def audited() -> Iterator[list[str]]:
-    """The paths that are opened or listed in here."""
-    global opened
-    opened = paths = []
-    try:
-        yield paths
-    finally:
-        opened = None
-
-
-def astray(paths: list[str], root: Path) -> list[str]:
-    """Those that are neither of the corpus nor of Python, which may import on the way."""
-    homes = (root, sys.prefix, sys.base_prefix)
-    return [path for path in paths if not any(Path(path).is_relative_to(home) for home in homes)]
 
 
 @contextmanager
@@ -225,7 +145,7 @@ def test_a_look_outside_would_be_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("corpus", CORPORA)
-@given(changes=st.lists(mutations, min_size=1, max_size=4))
+@given(changes=st.lists(damaged, min_size=1, max_size=4))
 def test_any_damage_is_a_finding_or_one_line(corpus: str, changes: list[Mutation]) -> None:
     name, files = CORPORA[corpus]
     check = import_module(f"examples.{name}.check").check

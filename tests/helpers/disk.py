@@ -125,4 +125,3 @@ def killed(moment: int, folder: Path, work: Callable[[], object]) -> bool:
     shutil.rmtree(folder)
     kept.rename(folder)
     return True
-

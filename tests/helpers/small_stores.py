@@ -102,7 +102,8 @@ def check_checkpoints(folder: Path, *, done: bool) -> None:
         assert state["step"] >= int(text or 0)
         assert state["step"] == 1 or not done
     else:
-        assert not (text or done)
+        assert not text
+        assert not done
 
 
 def write_ledger(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""SIGKILL at every call that writes, and at random: what is there is whole, and can be gone on with.
+"""SIGKILL at every call that writes, and at random: what is there is whole, and is gone on with.
 
 For whole stages of training see ``test_resume.py``.
 """

@@ -159,8 +159,7 @@ class CheckpointMachine(Store):
         before, partials = self.expected(), self.partials()
         try:
             disk.full(moment, lambda: self.write(self.store, step, value))
-        except OSError as error:
-            assert "No space left on device" in str(error)
+        except OSError:
             assert self.partials() <= partials
             found = self.expected()
             assert found in (before, (Path(self.name(step)).stem, value)) or before is None
@@ -245,10 +244,11 @@ class CacheMachine(Store):
 
     @rule(run=st.integers(0, 1), key=keys, value=numbers, moment=moments)
     def fill_a_full_disk(self, run: int, key: str, value: int, moment: int) -> None:
+        partials = self.partials()
         try:
             disk.full(moment, lambda: self.write(run, key, value))
-        except InputError as error:
-            assert "No space left on device" in str(error)
+        except InputError:
+            assert self.partials() <= partials
         self.put.setdefault(key, set()).add(value)
 
     @rule(key=keys)
@@ -353,8 +353,7 @@ class StageMachine(Store):
         partials = self.partials()
         try:
             disk.full(moment, lambda: self.obtain(value))
-        except OSError as error:
-            assert "No space left on device" in str(error)
+        except OSError:
             assert self.partials() <= partials
 
 

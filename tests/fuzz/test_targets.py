@@ -1,0 +1,84 @@
+"""Damaged files for every parser, a few hundred at a time.
+
+``HYPOTHESIS_PROFILE=nightly`` tries 20,000 each; ``python -m tests.fuzz`` follows the branches of
+the code, for as long as it may.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.fuzz.targets import TARGETS, Room, Target
+from tests.helpers import deaths
+from tests.helpers.damage import Change, Mutation, change, changes, mutate, mutations
+from tests.helpers.mutations import spoil
+
+HERE = [name for name in TARGETS if name != "film"]
+"""What can be read in this process; a film might take it along."""
+
+FILMS = 150
+
+damages = st.lists(st.one_of(mutations(), changes), min_size=1, max_size=4)
+
+
+@pytest.fixture(scope="module")
+def room(request: pytest.FixtureRequest) -> Iterator[Room]:
+    found = Room(TARGETS[request.param])
+    yield found
+    found.close()
+
+
+def damage(target: Target, seed: bytes, wanted: list[Mutation | Change]) -> bytes:
+    """Damage a file; what makes other JSON comes first."""
+    if target.json:
+        document: Any = json.loads(seed)
+        for one in wanted:
+            if isinstance(one, Change) and isinstance(document, dict | list):
+                seed = change(document, one)
+                document = json.loads(seed)
+    for one in wanted:
+        if isinstance(one, Mutation):
+            seed = mutate(seed, one)
+    return seed
+
+
+@pytest.mark.parametrize("room", HERE, indirect=True)
+def test_whole_files_are_read(room: Room) -> None:
+    """Or what follows would only show that nothing is."""
+    assert room.attempt(room.seeds[0]) is None
+
+
+@pytest.mark.parametrize("room", HERE, indirect=True)
+@given(which=st.integers(0, 1), wanted=damages)
+def test_anything_is_read_or_refused(
+    room: Room, which: int, wanted: list[Mutation | Change]
+) -> None:
+    seed = room.seeds[which % len(room.seeds)]
+    room.attempt(damage(room.target, seed, wanted))
+
+
+@pytest.mark.parametrize("room", HERE, indirect=True)
+@given(data=st.binary(max_size=200))
+def test_noise_is_read_or_refused(room: Room, data: bytes) -> None:
+    room.attempt(data)
+
+
+def read_films() -> None:
+    room = Room(TARGETS["film"])
+    random = np.random.default_rng(0)
+    for seed in room.seeds:
+        assert room.attempt(seed) is None
+    refused = 0
+    for number in range(FILMS):
+        refused += room.attempt(spoil(room.seeds[number % len(room.seeds)], random)) is not None
+    room.close()
+    assert 0 < refused < FILMS
+
+
+def test_films_are_measured_or_refused() -> None:
+    assert deaths.run(read_films) == 0
