@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from examples.erc.errors import InputError
 from examples.erc.source import JSON, EncoderOutput
 
+MENDED = (2, 10)
+"""The first PyTorch whose restricted unpickler has no known way around it (CVE-2026-24747)."""
+
 _BLOCK = 1 << 20
 
 _LONGEST_REASON = 400
@@ -28,7 +31,8 @@ class Pretrained:
 
     Code that comes with an encoder is never run. Weights are read as safetensors or, where the
     publisher has none, by PyTorch's restricted unpickler, which builds tensors and refuses
-    everything else. All parts are of one commit, even if a branch moves meanwhile.
+    everything else; PyTorch has to be 2.10 or later for that. All parts are of one commit, even if
+    a branch moves meanwhile.
 
     Attributes:
         name: The name on the Hub, or the path of a folder.
@@ -170,6 +174,8 @@ def load_body(encoder: Pretrained, **overrides: object) -> Any:  # noqa: ANN401
         config = encoder.load("AutoConfig", **overrides)
         pooling = {name: options[name] for name in options.keys() - overrides.keys()}
         return _transformers().AutoModel.from_config(config, dtype=torch.float32, **pooling)
+    if not may_unpickle():
+        options["use_safetensors"] = True
     body, report = encoder.load(
         "AutoModel",
         dtype=torch.float32,
@@ -192,6 +198,11 @@ def load_body(encoder: Pretrained, **overrides: object) -> Any:  # noqa: ANN401
             "fetch the encoder anew"
         )
     return body
+
+
+def may_unpickle() -> bool:
+    """Whether weights may be read by PyTorch's restricted unpickler; safetensors always may."""
+    return tuple(map(int, torch.__version__.split(".")[:2])) >= MENDED
 
 
 class Head(nn.Module):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from examples.erc.audio import AudioEncoder
 from examples.erc.errors import InputError
+from examples.erc.pretrained import MENDED, may_unpickle
 from examples.erc.text import TextEncoder
 from examples.erc.visual import VisualEncoder
 
@@ -28,7 +29,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
     Args:
         path: Of safetensors, or of what ``torch.save`` writes of a state dict. Other pickles are
-            refused, as reading one may run any code.
+            refused, as reading one may run any code, and so are all with a PyTorch before 2.10.
 
     Returns:
         The tensors by name, on the CPU.
@@ -39,6 +40,11 @@ def read(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if not may_unpickle():
+            raise RuntimeError(
+                f"before {'.'.join(map(str, MENDED))} PyTorch's restricted unpickler has known "
+                f"faults, and this is {torch.__version__}; upgrade, or convert to safetensors"
+            )
         state = torch.load(path, weights_only=True, map_location="cpu")
     # What reads hostile bytes may fail in any way.
     except Exception as error:

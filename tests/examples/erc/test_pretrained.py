@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.torch_version import TorchVersion
 
 from examples.erc.errors import InputError
 from examples.erc.pretrained import Head, Pretrained, load_body
@@ -211,6 +212,18 @@ class _Trap:
 
     def __reduce__(self) -> tuple[object, tuple[Path]]:
         return Path.touch, (self.path,)
+
+
+def test_a_pytorch_whose_unpickler_has_faults_reads_safetensors_alone(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.9.1+cpu"))
+    load_body(Pretrained(str(copy)))
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+
+    with pytest.raises(InputError, match="expected an encoder for AutoModel"):
+        load_body(Pretrained(str(copy)))
 
 
 def test_the_description_of_a_folder_changes_with_its_files(copy: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from examples.erc.audio import AudioEncoder
 from examples.erc.errors import InputError
@@ -227,6 +228,18 @@ def test_the_corpus_does_run_code_if_read_carelessly(tmp_path: Path) -> None:
             pickle.loads(path.read_bytes())
         assert marker.exists(), name
         marker.unlink()
+
+
+def test_a_pytorch_whose_unpickler_has_faults_reads_safetensors_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {"a": torch.zeros(2)}
+    torch.save(state, tmp_path / "weights.bin")
+    save_file(state, tmp_path / "weights.safetensors")
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.9.1+cpu"))
+    assert read(tmp_path / "weights.safetensors").keys() == {"a"}
+    with pytest.raises(InputError, match=r"before 2\.10 .* upgrade, or convert to safetensors"):
+        read(tmp_path / "weights.bin")
 
 
 def test_every_truncation_of_a_file_is_an_input_error(tmp_path: Path) -> None:
