@@ -290,11 +290,11 @@ class _Process:
                 return
             if (values is None) != ("broken" in header):
                 raise _nonsense()
-            if "position" not in header:
+            if values is None and "position" not in header:
                 for position in left:
                     yield position, Result(None, "broken", _line(header["broken"]))
                 return
-            position = header["position"]
+            position = header.get("position")
             if type(position) is not int or position not in left:
                 raise _nonsense()
             left.discard(position)

@@ -13,7 +13,7 @@ NAMED = re.compile(r"``(tests/[\w/]+\.py)::(\w+)``")
 
 
 @cache
-def tests_of(path: Path) -> frozenset[str]:
+def collected(path: Path) -> frozenset[str]:
     """The tests of a file that pytest collects."""
     if not (path.is_file() and path.name.startswith("test_")):
         return frozenset()
@@ -33,7 +33,7 @@ def named(page: Path) -> list[tuple[str, str]]:
 def test_every_test_that_a_page_names_is_there(page: Path) -> None:
     found = named(page)
     assert len(found) > 15
-    missing = [f"{file}::{test}" for file, test in found if test not in tests_of(ROOT / file)]
+    missing = [f"{file}::{test}" for file, test in found if test not in collected(ROOT / file)]
     assert not missing
     # Nothing that looks like a test escapes the search.
     assert len(found) == page.read_text(encoding="utf-8").count("::test_") - _console(page)

@@ -12,12 +12,15 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from examples.erc.check_report import manifest, summary
 from examples.erc.errors import InputError
 from tests.helpers.damage import Mutation, astray, audited, mutate, mutations
+
+DRAWN = settings().max_examples
+CHANGED = DRAWN if DRAWN >= 20_000 else min(DRAWN, 300)
 
 MELD_HEADER = (
     "Sr No.,Utterance,Speaker,Emotion,Sentiment,Dialogue_ID,Utterance_ID,Season,Episode,"
@@ -145,6 +148,7 @@ def test_a_look_outside_would_be_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("corpus", CORPORA)
+@settings(max_examples=CHANGED)
 @given(changes=st.lists(damaged, min_size=1, max_size=4))
 def test_any_damage_is_a_finding_or_one_line(corpus: str, changes: list[Mutation]) -> None:
     name, files = CORPORA[corpus]

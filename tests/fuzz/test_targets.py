@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.fuzz.targets import TARGETS, Room, Target
+from tests.fuzz.targets import TARGETS, Room, Target, fabricated, whole_manifest
 from tests.helpers import deaths
 from tests.helpers.damage import Change, Mutation, change, changes, mutate, mutations
 from tests.helpers.mutations import spoil
@@ -22,6 +22,10 @@ HERE = [name for name in TARGETS if name != "film"]
 """What can be read in this process; a film might take it along."""
 
 FILMS = 150
+
+DRAWN = settings().max_examples
+DAMAGED = DRAWN if DRAWN >= 20_000 else min(DRAWN, 200)
+"""Files for each parser; half as many of noise, which few get into."""
 
 damages = st.lists(st.one_of(mutations(), changes), min_size=1, max_size=4)
 
@@ -54,6 +58,7 @@ def test_whole_files_are_read(room: Room) -> None:
 
 
 @pytest.mark.parametrize("room", HERE, indirect=True)
+@settings(max_examples=DAMAGED)
 @given(which=st.integers(0, 1), wanted=damages)
 def test_anything_is_read_or_refused(
     room: Room, which: int, wanted: list[Mutation | Change]
@@ -63,9 +68,32 @@ def test_anything_is_read_or_refused(
 
 
 @pytest.mark.parametrize("room", HERE, indirect=True)
+@settings(max_examples=DAMAGED // 2)
 @given(data=st.binary(max_size=200))
 def test_noise_is_read_or_refused(room: Room, data: bytes) -> None:
     room.attempt(data)
+
+
+HEADER = b'{"damaged":0,"dtype":"<i2","shape":[1]}'
+
+FOUND = [
+    ("decoder-messages", len(HEADER).to_bytes(4, "little") + HEADER + bytes(2)),
+    ("decoder-messages", b'\x0d\0\0\0{"done":true}'),
+    ("record", b"[" * 100_000),
+    ("sources", b'{"a":[1e999,0,0,""]}'),
+    ("synthetic-manifest", whole_manifest()[0].replace(b'"a/b.csv"', b'"../outside/secret.mp4"')),
+    ("synthetic-manifest", whole_manifest()[0].replace(b'"a/b.csv"', b'""')),
+    ("shard", b"no shard"),
+    ("results", fabricated()[0].replace(b'"labels"', b'"la\xe2\x80\xa8bels"')),
+]
+"""Files that broke a promise once."""
+
+
+@pytest.mark.parametrize(("name", "data"), FOUND, ids=[name for name, _ in FOUND])
+def test_what_was_found_once_stays_mended(name: str, data: bytes) -> None:
+    found = Room(TARGETS[name])
+    found.attempt(data)
+    found.close()
 
 
 def read_films() -> None:
