@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +11,11 @@ import torch
 from safetensors.numpy import load_file
 
 from examples.erc import artifacts, ledger
-from examples.erc.artifacts import obtain
+from examples.erc.artifacts import Artifact, obtain
 from examples.erc.cache import SOURCES, Cache
 from examples.erc.checkpoint import Checkpoints
 from examples.erc.clips import ClipStore
+from examples.erc.source import JSON
 from examples.erc.training import Epoch, Trained
 from tests.helpers.deaths import Deadline
 
@@ -66,8 +67,14 @@ def trained(fingerprint: str = "") -> Trained:
     )
 
 
+def obtain_stage(
+    folder: Path, settings: Mapping[str, JSON], compute: Callable[[str], Trained]
+) -> Artifact:
+    return obtain(folder, "a stage", settings, compute)
+
+
 def write_stage(folder: Path) -> None:
-    obtain(folder / "stage", "a stage", {"rate": 0.1}, trained)
+    obtain_stage(folder / "stage", {"rate": 0.1}, trained)
 
 
 def check_stage(folder: Path, *, done: bool) -> None:
@@ -78,7 +85,7 @@ def check_stage(folder: Path, *, done: bool) -> None:
         return trained()
 
     valid = (folder / "stage" / artifacts.STAGE).exists()
-    stage = obtain(folder / "stage", "a stage", {"rate": 0.1}, compute)
+    stage = obtain_stage(folder / "stage", {"rate": 0.1}, compute)
     assert bool(computed) != valid
     assert valid or not done
     assert stage.outputs("test")["logits"].tolist() == list(range(12))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from examples.erc import feature_folder
-from examples.erc.artifacts import OUTPUTS, STAGE, WEIGHTS, DamageError, obtain, read_record, sha256
+from examples.erc.artifacts import OUTPUTS, STAGE, WEIGHTS, DamageError, read_record, sha256
 from examples.erc.audio import AudioEncoder
 from examples.erc.cache import SOURCES, Cache
 from examples.erc.checkpoint import Checkpoints
@@ -20,7 +20,8 @@ from examples.erc.released import load_student, read
 from examples.synthetic.manifest import NAME, Manifest
 from examples.synthetic.script import Size
 from tests.examples.conftest import make_features, write_files
-from tests.helpers import pickles, small_stage
+from tests.helpers import pickles
+from tests.helpers.small_stores import obtain_stage, trained
 
 SHARD = {"values": np.arange(6, dtype=np.int16), "offsets": np.array([0, 6])}
 
@@ -115,12 +116,11 @@ def test_the_manifest_of_a_synthetic_corpus(corpus: dict[str, bytes], tmp_path: 
 
 @pytest.mark.parametrize("name", [WEIGHTS, OUTPUTS, STAGE])
 def test_stages_are_computed_again(corpus: dict[str, bytes], tmp_path: Path, name: str) -> None:
-    trained = small_stage.fit()
-    stage = obtain(tmp_path / "stage", "a stage", {}, lambda _: trained)
+    stage = obtain_stage(tmp_path / "stage", {}, trained)
     whole = (stage.folder / name).read_bytes()
     for data in corpus.values():
         (stage.folder / name).write_bytes(data)
-        assert obtain(stage.folder, "a stage", {}, lambda _: trained) == stage
+        assert obtain_stage(stage.folder, {}, trained) == stage
         assert (stage.folder / name).read_bytes() == whole
 
 

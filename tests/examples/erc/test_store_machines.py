@@ -24,12 +24,13 @@ from hypothesis.stateful import (
 from safetensors.numpy import load_file
 
 from examples.erc import artifacts
-from examples.erc.artifacts import Artifact, exclusive, obtain
+from examples.erc.artifacts import Artifact, exclusive
 from examples.erc.cache import Cache, Shard
 from examples.erc.checkpoint import KEPT, Checkpoints
 from examples.erc.errors import InputError
 from examples.erc.training import Epoch, Trained
 from tests.helpers import disk
+from tests.helpers.small_stores import obtain_stage
 
 LONG = settings().max_examples >= 20_000
 RUNS, STEPS = (500, 50) if LONG else (40, 25)
@@ -327,7 +328,7 @@ class StageMachine(Store):
 
     def obtain(self, value: int) -> Artifact:
         self.computed = False
-        return obtain(self.folder, "a stage", {"value": value}, lambda _: self.compute(value))
+        return obtain_stage(self.folder, {"value": value}, lambda _: self.compute(value))
 
     def read(self) -> tuple[bytes, ...]:
         names = (artifacts.WEIGHTS, artifacts.OUTPUTS, artifacts.STAGE)
