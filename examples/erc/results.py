@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -285,7 +286,10 @@ class _Value:
 
     def number(self) -> float:
         self.require(
-            isinstance(self.value, int | float) and not isinstance(self.value, bool), "a number"
+            isinstance(self.value, int | float)
+            and not isinstance(self.value, bool)
+            and abs(self.value) <= sys.float_info.max,
+            "a number",
         )
         return float(self.value)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.fuzz.targets import TARGETS, Room, Target, fabricated, whole_manifest
 from tests.helpers import deaths
-from tests.helpers.damage import Change, Mutation, change, changes, mutate, mutations
+from tests.helpers.damage import Change, Mutation, all_changes, change, changes, mutate, mutations
 from tests.helpers.mutations import spoil
 
 HERE = [name for name in TARGETS if name != "film"]
@@ -55,6 +55,13 @@ def damage(target: Target, seed: bytes, wanted: list[Mutation | Change]) -> byte
 def test_whole_files_are_read(room: Room) -> None:
     """Or what follows would only show that nothing is."""
     assert room.attempt(room.seeds[0]) is None
+
+
+@pytest.mark.parametrize("room", [n for n in HERE if TARGETS[n].json], indirect=True)
+def test_any_value_in_any_place_is_read_or_refused(room: Room) -> None:
+    for seed in room.seeds:
+        for data in all_changes(json.loads(seed)):
+            room.attempt(data)
 
 
 @pytest.mark.parametrize("room", HERE, indirect=True)

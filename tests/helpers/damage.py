@@ -122,6 +122,26 @@ def _places(document: Any) -> Iterator[tuple[Any, Any]]:
             yield from _places(value)
 
 
+def all_changes(document: Any) -> Iterator[bytes]:
+    """Every value that nobody expects, in every kind of place; entries of a list are one kind."""
+    kinds: dict[tuple[Any, ...], int] = {}
+    for number, kind in enumerate(_kinds(document, ())):
+        kinds.setdefault(kind, number)
+    for number in kinds.values():
+        yield change(document, Change(number, "remove", None))
+        for value in VALUES:
+            yield change(document, Change(number, "replace", value))
+
+
+def _kinds(document: Any, above: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """The kind of each of :func:`_places`."""
+    entries = document.items() if isinstance(document, dict) else ((None, v) for v in document)
+    for key, value in entries:
+        yield (*above, key)
+        if isinstance(value, dict | list):
+            yield from _kinds(value, (*above, key))
+
+
 _opened: list[str] | None = None
 _hooked = False
 _NOTED = {"open", "os.listdir", "os.scandir", "os.remove", "os.rename", "os.mkdir", "os.truncate"}

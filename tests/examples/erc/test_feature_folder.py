@@ -1,5 +1,6 @@
 import json
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from examples.erc import feature_folder
 from examples.erc.errors import InputError
 from examples.erc.feature_folder import read
 
@@ -121,6 +123,27 @@ def test_read_refuses_a_lone_array(write_features: Write) -> None:
 def test_read_refuses_pickled_objects(write_features: Write) -> None:
     folder = write_features(put("text_words", np.array([{"a": 1}] * 80, dtype=object)))
     with pytest.raises(InputError, match="expected an npz file of plain arrays"):
+        read(folder, "meld")
+
+
+def test_read_refuses_an_array_that_claims_more_than_there_is(write_features: Write) -> None:
+    folder = write_features()
+    header = (
+        f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({1 << 44},), }}".ljust(117) + "\n"
+    )
+    claim = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+    with zipfile.ZipFile(folder / "features.npz", "w") as archive:
+        archive.writestr("label.npy", claim + bytes(100))
+    with pytest.raises(InputError, match="expected an npz file of plain arrays"):
+        read(folder, "meld")
+
+
+def test_read_refuses_a_bomb(write_features: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_features()
+    monkeypatch.setattr(feature_folder, "_MOST_BYTES", 1 << 20)
+    with zipfile.ZipFile(folder / "features.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("unused.npy", bytes(1 << 21))
+    with pytest.raises(InputError, match=r"it holds more than 1048576 bytes"):
         read(folder, "meld")
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -133,6 +134,7 @@ def test_every_load_forbids_code(copy: Path, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(getattr(transformers, kind), "from_pretrained", note)
         Pretrained(str(copy)).load(kind)
     assert [options["trust_remote_code"] for options in asked] == [False, False]
+    assert os.environ["DISABLE_SAFETENSORS_CONVERSION"] == "true"
     with pytest.raises(InputError, match="trust_remote_code"):
         Pretrained(str(copy)).load("AutoConfig", trust_remote_code=True)
 
