@@ -294,9 +294,10 @@ class _Process:
                 for position in left:
                     yield position, Result(None, "broken", _line(header["broken"]))
                 return
-            position = header.get("position")
-            if type(position) is not int or position not in left:
+            said = header.get("position")
+            if type(said) is not int or said not in left:
                 raise _nonsense()
+            position = said
             left.discard(position)
             if values is None:
                 yield position, Result(None, "broken", _line(header["broken"]))
