@@ -1,4 +1,6 @@
 import json
+import random
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,37 @@ def test_damaged_marker_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / NAME).write_text(text)
     with pytest.raises(InputError, match="got a damaged file; remove the folder"):
         Manifest(tmp_path, "MELD", 0, Size())
+
+
+def test_every_flipped_bit_and_cut_of_the_marker_is_found(tmp_path: Path) -> None:
+    finished(tmp_path)
+    path = tmp_path / NAME
+    data = path.read_bytes()
+    draw = random.Random(0)
+    spoiled = [data[:kept] for kept in draw.choices(range(len(data) - 1), k=1000)]
+    for place in draw.choices(range(8 * len(data)), k=1000):
+        flipped = bytearray(data)
+        flipped[place // 8] ^= 1 << place % 8
+        spoiled.append(bytes(flipped))
+    for damaged in spoiled:
+        path.write_bytes(damaged)
+        with suppress(InputError):
+            assert not Manifest(tmp_path, "MELD", 0, Size()).is_finished()
+
+
+@pytest.mark.parametrize("name", ["../outside", "/outside", "clips/../../outside", "a\0b"])
+def test_marker_that_names_a_file_outside_is_refused_and_removes_nothing(
+    name: str, tmp_path: Path
+) -> None:
+    outside, root = tmp_path / "outside", tmp_path / "corpus"
+    outside.write_text("kept")
+    finished(root)
+    name = str(outside) if name == "/outside" else name
+    marker = json.loads((root / NAME).read_text())
+    (root / NAME).write_text(json.dumps({**marker, "files": {name: "0" * 64}}))
+    with pytest.raises(InputError, match="got a damaged file; remove the folder"):
+        Manifest(root, "MELD", 0, Size()).begin()
+    assert outside.read_text() == "kept"
 
 
 def test_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
