@@ -167,8 +167,10 @@ def _locate(entry: _Entry, root: Path, place: str) -> Path:
             f"{entry.where}: {error}; --clips names another folder for all files"
         ) from error
     except (OSError, ValueError) as error:
+        # An error of the system repeats the whole path.
+        reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(
-            f"{entry.where}: expected the path of a file, got {_shown(place)} ({error}); mend it"
+            f"{entry.where}: expected the path of a file, got {_shown(place)} ({reason}); mend it"
         ) from error
     return path
 

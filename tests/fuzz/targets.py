@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors.torch import save as save_tensors
 
-from examples.erc import feature_folder, released, results
+from examples.erc import dialogue_file, feature_folder, released, results
 from examples.erc.artifacts import DamageError, read_record, sha256, write_record
 from examples.erc.cache import SOURCES, Cache
 from examples.erc.checkpoint import Checkpoints
@@ -180,6 +180,26 @@ def _check_iemocap(dialogues: Any, root: Path) -> None:
             assert row.text
             for clip in (row.audio, row.visual):
                 assert clip is None or clip.path.is_relative_to(root.resolve())
+
+
+DIALOGUES = [
+    {"speaker": "Ada", "text": "Well.", "id": "0", "clip": "a.mp4", "side": "left"},
+    {"speaker": "Bo", "text": "Yes?", "audio": {"file": "a.wav", "start": 0.5, "end": 1.5}},
+]
+DIALOGUE_TABLE = (
+    b"Speaker,Utterance,Dialogue_ID,Utterance_ID,Clip,Clip_Start,Clip_End,Side\n"
+    b'Ada,"Well, well.",0,0,a.mp4,0.5,1.5,left\nBo,Yes?,0,1,,,,\n'
+)
+
+
+def parse_dialogues(name: str) -> Callable[[Path, bytes], None]:
+    def parse(root: Path, data: bytes) -> None:
+        for dialogue in dialogue_file.read(put(root, name, data), root).dialogues:
+            for said in dialogue:
+                for clip in (said.audio, said.visual):
+                    assert clip is None or clip.path.is_relative_to(root.resolve())
+
+    return parse
 
 
 def feature_files() -> dict[str, bytes]:
@@ -415,6 +435,18 @@ TARGETS = {
         lambda: [iemocap_texts()["Session1/dialog/EmoEvaluation/Ses01F_impro01.txt"]],
         parse_evaluation,
         iemocap_texts,
+    ),
+    "dialogues-table": Target(
+        lambda: [DIALOGUE_TABLE], parse_dialogues("said.csv"), lambda: {"a.mp4": b"", "a.wav": b""}
+    ),
+    "dialogues-json": Target(
+        lambda: [
+            json.dumps(document).encode()
+            for document in (DIALOGUES, [{"id": "a", "utterances": DIALOGUES}])
+        ],
+        parse_dialogues("said.json"),
+        lambda: {"a.mp4": b"", "a.wav": b""},
+        json=True,
     ),
     "features-meta": Target(
         lambda: [feature_files()["meta.json"]],
