@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from examples.erc import processes
 from examples.erc.errors import InputError
@@ -106,11 +107,12 @@ def obtain(
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     record = artifact.record
     best = max(epoch["dev_weighted_f1"] for epoch in record["history"])
-    print(
-        f"{title}: {'kept, ' if kept else ''}dev {100 * best:.2f} (epoch "
-        f"{record['selected_epoch']} of {len(record['history'])}), {record['seconds']:.1f} s",
-        flush=True,
-    )
+    with tqdm.external_write_mode():  # above a bar, if there is one
+        print(
+            f"{title}: {'kept, ' if kept else ''}dev {100 * best:.2f} (epoch "
+            f"{record['selected_epoch']} of {len(record['history'])}), {record['seconds']:.1f} s",
+            flush=True,
+        )
     return artifact
 
 

@@ -53,7 +53,17 @@ class Difference(Spread):
         return "beyond the spread"
 
 
-Cell: TypeAlias = str | int | float | Spread | None
+@dataclass(frozen=True)
+class Probability:
+    """A p-value, in [0, 1]."""
+
+    value: float
+
+    def __str__(self) -> str:
+        return "< 0.001" if self.value < 0.001 else f"{self.value:.3f}"
+
+
+Cell: TypeAlias = str | int | float | Spread | Probability | None
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,17 @@ class FeatureSource:
         """Keep the names and the scales of the arrays."""
         return self._encoding.keep(folder)
 
+    def without_prompt(self) -> "FeatureSource":
+        """Not to be had: sentences were embedded before, each on its own.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(
+            f"{ARRAYS}: expected words, to ask for the emotion or not, got sentence embeddings, "
+            "which no question ends; use --raw or --synthetic"
+        )
+
     def prepare(self, folder: Path) -> None:
         """Nothing is left to do."""
 

@@ -28,7 +28,7 @@ from examples.erc.metrics import class_scores, scores
 from examples.erc.objectives import Classification, Distillation
 from examples.erc.recipe import Optimisation, Recipe, StudentRecipe
 from examples.erc.source import JSON, SPLITS, Dataset, Source
-from examples.erc.systems import TEACHER, System, plan
+from examples.erc.systems import System, plan
 from examples.erc.training import (
     SMALLEST_BATCH,
     Hardware,
@@ -76,7 +76,7 @@ def run(
         OSError: A file cannot be written; what was written before is kept.
         KeyboardInterrupt: After the step at hand, whose state is kept.
     """
-    _check_size(source, recipe, hardware)
+    check_size(source, recipe, hardware)
     systems = plan(source.modalities)
     finished: dict[int, dict[System, Artifact]] = {}
     with artifacts.exclusive(folder) if processes.first() else nullcontext():
@@ -86,7 +86,7 @@ def run(
         for seed in seeds:
             story = Story(source, recipe, seed, folder / f"seed-{seed}", hardware, checkpoint_every)
             finished[seed] = {system: story.tell(system) for system in systems}
-        results = {**_circumstances(source, recipe, command), **_evaluate(source, finished)}
+        results = {**circumstances(source, recipe, command), **evaluate(source, finished)}
         text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
         if processes.first():
             finished_run.keep(source, finished, folder)
@@ -98,7 +98,7 @@ def run(
 
 
 class Story:
-    """The stages of one seed, each told after those that it builds on.
+    """The stages of one seed, each told once, after those that it builds on.
 
     Args:
         source: The corpus, prepared.
@@ -132,22 +132,26 @@ class Story:
         }
 
     def tell(self, system: System) -> Artifact:
-        """Train a system, or take it from its folder."""
-        stage = {"teacher": self._teach, "student": self._distil, "fusion": self._fuse}
-        self._finished[system] = stage[system.group](system)
+        """Train a system and what it needs, or take them from their folders."""
+        if system not in self._finished:
+            for needed in system.needs():
+                self.tell(needed)
+            stage = {"teacher": self._teach, "student": self._distil, "fusion": self._fuse}
+            self._finished[system] = stage[system.group](system)
         return self._finished[system]
 
     def _teach(self, system: System) -> Artifact:
         """The teacher learns from the labels alone."""
         recipe = self._recipe.teacher
         (modality,) = system.modalities
+        source = self._seen_by(system)
 
         def learn(checkpoints: Checkpoints) -> Trained:
             return self._train(
                 system,
                 recipe.optimisation,
-                build=lambda: self._source.encoder(modality),
-                datasets=self._encoder_inputs(modality),
+                build=lambda: source.encoder(modality),
+                datasets={split: source.dataset(modality, split) for split in SPLITS},
                 objective=self._classification(),
                 checkpoints=checkpoints,
             )
@@ -157,7 +161,7 @@ class Story:
     def _distil(self, system: System) -> Artifact:
         """A student learns from the labels, and from what the frozen teacher said of each row."""
         recipe = _as_taught(self._recipe.student, system.distillation)
-        teacher = self._finished[TEACHER]
+        teacher = self._finished[system.teacher]
         (modality,) = system.modalities
         settings: dict[str, JSON] = {"recipe": asdict(recipe), "telme_kd": telme_kd.__version__}
         if system.distillation != "none":
@@ -168,7 +172,7 @@ class Story:
                 system,
                 recipe.optimisation,
                 build=lambda: self._source.encoder(modality),
-                datasets=self._encoder_inputs(modality),
+                datasets={split: self._source.dataset(modality, split) for split in SPLITS},
                 objective=self._distillation(recipe, teacher),
                 checkpoints=checkpoints,
             )
@@ -223,8 +227,8 @@ class Story:
             everywhere=processes.count() > 1,
         )
 
-    def _encoder_inputs(self, modality: str) -> dict[str, Dataset]:
-        return {split: self._source.dataset(modality, split) for split in SPLITS}
+    def _seen_by(self, system: System) -> Source:
+        return self._source if system.prompt else self._source.without_prompt()
 
     def _train(
         self,
@@ -254,7 +258,7 @@ class Story:
     ) -> Artifact:
         common: dict[str, JSON] = {
             "system": system.describe(),
-            "source": self._source.describe(system.modalities),
+            "source": self._seen_by(system).describe(system.modalities),
             "seed": self._seed,
             "mixed_precision": self._hardware.mixed_precision,
             "parts": self._hardware.parts,
@@ -280,10 +284,17 @@ def _as_taught(recipe: StudentRecipe, distillation: str | None) -> StudentRecipe
         return replace(recipe, response_weight=0.0, feature_weight=0.0)
     if distillation == "response":
         return replace(recipe, feature_weight=0.0)
+    if distillation == "feature":
+        return replace(recipe, response_weight=0.0)
     return recipe
 
 
-def _check_size(source: Source, recipe: Recipe, hardware: Hardware) -> None:
+def check_size(source: Source, recipe: Recipe, hardware: Hardware) -> None:
+    """Refuse a corpus that is too small to be trained on.
+
+    Raises:
+        InputError: So it is.
+    """
     count = len(source.targets("train"))
     if count < SMALLEST_BATCH:
         raise InputError(
@@ -295,8 +306,16 @@ def _check_size(source: Source, recipe: Recipe, hardware: Hardware) -> None:
         check_parts(batches, hardware.parts, source.title)
 
 
-def _evaluate(source: Source, finished: Mapping[int, Mapping[System, Artifact]]) -> dict[str, JSON]:
-    """Score every system: the end of the story."""
+def evaluate(source: Source, finished: Mapping[int, Mapping[System, Artifact]]) -> dict[str, JSON]:
+    """Score every system: the end of the story.
+
+    Args:
+        source: The corpus, prepared.
+        finished: For each seed the same systems.
+
+    Returns:
+        ``seeds``, ``systems`` and ``seconds``, as the results have them.
+    """
     systems = next(iter(finished.values()))
     return {
         "seeds": list(finished),
@@ -329,7 +348,7 @@ def _score(source: Source, seed: int, artifact: Artifact) -> dict[str, JSON]:
     }
 
 
-def _circumstances(source: Source, recipe: Recipe, command: str) -> dict[str, JSON]:
+def circumstances(source: Source, recipe: Recipe, command: str) -> dict[str, JSON]:
     """What the scores are of."""
     packages = ("torch", "accelerate", "transformers", "scikit-learn", "numpy")
     return {

@@ -69,6 +69,7 @@ LIGHT = Theme(
         "teacher": "#009e73",
         "none": "#6b6b6b",
         "response": "#d55e00",
+        "feature": "#cc79a7",
         "response+feature": "#0072b2",
     },
 )
@@ -81,10 +82,11 @@ DARK = Theme(
         "teacher": "#1fbf90",
         "none": "#b4b4b4",
         "response": "#e69f00",
+        "feature": "#e1a5c7",
         "response+feature": "#56b4e9",
     },
 )
-MARKERS = {"teacher": "^", "none": "o", "response": "s", "response+feature": "D"}
+MARKERS = {"teacher": "^", "none": "o", "response": "s", "feature": "v", "response+feature": "D"}
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,36 @@ def differences(results: Results) -> Gallery:
     )
 
 
+def side_by_side(
+    name: str, panels: Sequence[tuple[str, Sequence[System], System | None]]
+) -> Picture:
+    """Draw systems as a dot per seed, with mean and whisker, in panels with scales of their own.
+
+    Args:
+        name: Of the picture.
+        panels: For each its heading, its systems and the one whose mean is a dashed line.
+
+    Returns:
+        The picture.
+    """
+    made = [
+        _Panel(
+            heading,
+            [_score(system) for system in systems],
+            100 * spread(reference.runs, weighted_f1).mean if reference else None,
+        )
+        for heading, systems, reference in panels
+    ]
+    told = "; ".join(
+        f"{strand.label}, {words(strand.summary)}" for panel in made for strand in panel.strands
+    )
+    return _picture(
+        name,
+        f"Dot plot of weighted F1 on test in percent, one dot per seed: {told}.",
+        lambda theme: _dots(made, "Weighted F1 on test, %", theme, shared=False),
+    )
+
+
 def confusions(results: Results) -> Gallery:
     """Draw where TelME, the text teacher and plain concatenation go wrong."""
     chosen = (
@@ -215,7 +247,7 @@ def confusions(results: Results) -> Gallery:
         "percentage of its row, which the colour shows too, above the number of utterances, summed "
         "over seeds.",
         tuple(
-            _confusion(results.labels, system, f"confusion-{name}")
+            confusion_matrix(results.labels, system, f"confusion-{name}")
             for name, system in chosen
             if system
         ),
@@ -446,7 +478,17 @@ def _legend_style(theme: Theme, columns: int, size: float = 9) -> dict[str, Any]
     }  # fmt: skip
 
 
-def _confusion(labels: Sequence[str], system: System, name: str) -> Picture:
+def confusion_matrix(labels: Sequence[str], system: System, name: str) -> Picture:
+    """Draw how the test utterances of each true class were labelled, summed over seeds.
+
+    Args:
+        labels: The C class names.
+        system: With one or more runs.
+        name: Of the picture.
+
+    Returns:
+        The picture.
+    """
     shares = _shares(confusion(system))
     found = ", ".join(
         f"{label} {100 * row[index]:.0f}%"

@@ -1,5 +1,6 @@
 """A corpus of raw clips as the input of the pipeline."""
 
+import copy
 import hashlib
 import json
 import math
@@ -151,6 +152,8 @@ class RawSource:
         }
         if "text" in modalities:
             described["max_text_tokens"] = self._encoding.max_text_tokens
+            if not self._encoding.ask:
+                described["prompt"] = False
         if left_out := self._left_out():
             described["left_out"] = left_out
         return described
@@ -159,6 +162,12 @@ class RawSource:
         """The labels of a split: int64, ``[N]``."""
         rows = self._corpus.utterances(split)
         return torch.tensor([rows[row].label for row in self._kept[split]])
+
+    def without_prompt(self) -> "RawSource":
+        """The same corpus and the same clips; a text ends with the words of its last speaker."""
+        other = copy.copy(self)
+        other._encoding = self._encoding.without_prompt()
+        return other
 
     def lines(self, split: str) -> list[Line]:
         """Who says what in a split."""

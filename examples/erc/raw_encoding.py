@@ -27,6 +27,7 @@ class RawEncoding:
         max_text_tokens: The length of the longest prompt; older words are cut.
         max_seconds: The longest part of a clip that is decoded: its first, > 0.
         crop: See only the half of a picture in which the speaker is, where two people share it.
+        ask: Whether a text ends in the question for the emotion.
 
     Attributes:
         feature_size: The width of every encoder's feature: the smallest hidden size among them.
@@ -41,12 +42,14 @@ class RawEncoding:
         max_text_tokens: int,
         max_seconds: float,
         crop: bool,
+        ask: bool = True,
     ) -> None:
         self.encoders = dict(encoders)
         self.speakers = speakers
         self.max_text_tokens = max_text_tokens
         self.max_seconds = max_seconds
         self.crop = crop
+        self.ask = ask
         self.feature_size = min(encoder.hidden_size for encoder in encoders.values())
         self._classes = classes
 
@@ -84,6 +87,18 @@ class RawEncoding:
             },
         }
 
+    def without_prompt(self) -> "RawEncoding":
+        """The same encoders, of texts that do not end in the question for the emotion."""
+        return RawEncoding(
+            self.encoders,
+            self._classes,
+            speakers=self.speakers,
+            max_text_tokens=self.max_text_tokens,
+            max_seconds=self.max_seconds,
+            crop=self.crop,
+            ask=False,
+        )
+
     def encoder(self, modality: str) -> nn.Module:
         """A fresh encoder; what it initialises at random follows torch's global seed."""
         encoder, classes, width = self.encoders[modality], self._classes, self.feature_size
@@ -106,7 +121,9 @@ class RawEncoding:
     @cached_property
     def prompter(self) -> Prompter:
         """What makes the prompts."""
-        return Prompter(self.encoders["text"], self.speakers, self.max_text_tokens)
+        return Prompter(
+            self.encoders["text"], self.speakers, self.max_text_tokens, ask=self.ask
+        )
 
     @cached_property
     def collator(self) -> WaveformCollator:

@@ -13,7 +13,7 @@ from examples.erc.source import MODALITIES
 GROUPS = ("teacher", "student", "fusion")
 """The kinds of system, in the order of the story."""
 
-DISTILLATIONS = ("none", "response", "response+feature")
+DISTILLATIONS = ("none", "response", "feature", "response+feature")
 """What a student learns from the teacher, from nothing to everything."""
 
 FUSIONS = ("concatenation", "shifting")
@@ -82,6 +82,8 @@ class System:
             ``None`` for a teacher.
         fusion: One of ``FUSIONS``; ``None`` unless the system is a fusion.
         runs: One per seed.
+        taught_by: The modality of the teacher.
+        prompt: Whether the text of the teacher ended in the question for the emotion.
     """
 
     key: str
@@ -91,6 +93,8 @@ class System:
     distillation: str | None
     fusion: str | None
     runs: tuple[Run, ...]
+    taught_by: str = MODALITIES[0]
+    prompt: bool = True
 
 
 @dataclass(frozen=True)
@@ -130,10 +134,11 @@ class Results:
         return [system for system in self.systems if system.group == name]
 
     def fused(self, modalities: Iterable[str], fusion: str, distillation: str) -> System | None:
-        """The fusion of exactly these modalities, if it was run."""
-        wanted = (set(modalities), fusion, distillation)
+        """The fusion of exactly these modalities with the text teacher, if it was run."""
+        wanted = (set(modalities), fusion, distillation, MODALITIES[0])
         for system in self.group("fusion"):
-            if (set(system.modalities), system.fusion, system.distillation) == wanted:
+            found = (system.fusion, system.distillation, system.taught_by)
+            if (set(system.modalities), *found) == wanted:
                 return system
         return None
 
@@ -167,12 +172,13 @@ class Results:
         return self.fused(self.everything, "concatenation", "none")
 
 
-def read(results: Mapping[str, Any]) -> Results:
+def read(results: Mapping[str, Any], *, trained: bool = True) -> Results:
     """Check a results dict from end to end.
 
     Args:
         results: As the pipeline returns it; a ``report.json`` is one too. Keys unknown here are
             left alone.
+        trained: Whether there has to be a system.
 
     Returns:
         The same, typed.
@@ -181,8 +187,8 @@ def read(results: Mapping[str, Any]) -> Results:
         InputError: Something is missing, out of range or contradicts something else; the message
             names the key, what was expected, what was received and the remedy.
     """
-    document = _plain(results, "results")
-    root = _Value(document, "results")
+    document = read_plain(results, "results")
+    root = Value(document, "results")
     labels = tuple(label.text() for label in root["labels"].entries())
     root["labels"].require(
         len(labels) > 1 and len(set(labels)) == len(labels), "two or more different labels"
@@ -192,7 +198,7 @@ def read(results: Mapping[str, Any]) -> Results:
     counts = {split: root["counts"][split].integer() for split in ("train", "dev", "test")}
     systems = [
         _system(value, labels=len(labels), seeds=seeds, tested=counts["test"])
-        for value in root["systems"].entries()
+        for value in (root["systems"].entries() if trained or root["systems"].value else ())
     ]
     _refuse_twins(systems)
     return Results(
@@ -211,12 +217,20 @@ def read(results: Mapping[str, Any]) -> Results:
     )
 
 
-def _plain(value: object, where: str) -> Any:  # noqa: ANN401
-    """Copy a document into what ``json.loads`` would have made of it."""
+def read_plain(value: object, where: str) -> Any:  # noqa: ANN401
+    """Copy a document into what ``json.loads`` would have made of it.
+
+    Args:
+        value: Mappings, sequences, texts, finite numbers, ``None``.
+        where: What it is called in messages.
+
+    Raises:
+        InputError: It holds something else.
+    """
     if isinstance(value, Mapping):
-        return {str(key): _plain(held, f"{where}[{key!r}]") for key, held in value.items()}
+        return {str(key): read_plain(held, f"{where}[{key!r}]") for key, held in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(held, f"{where}[{i}]") for i, held in enumerate(value)]
+        return [read_plain(held, f"{where}[{i}]") for i, held in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(
             f"{where}: expected a finite number, got {value}; leave out runs that diverged, "
@@ -231,20 +245,24 @@ def _plain(value: object, where: str) -> Any:  # noqa: ANN401
 
 
 @dataclass(frozen=True)
-class _Value:
-    """A piece of the document that knows where it stands."""
+class Value:
+    """A piece of a document that knows where it stands; whatever is asked of it is checked.
+
+    Every method raises an InputError that says where, what was expected and what was received.
+    """
 
     value: Any
     where: str
 
     def require(self, held: bool, expected: str, remedy: str = "") -> None:
+        """Refuse the value unless something holds."""
         if not held:
             received = json.dumps(self.value)
             received = received if len(received) <= 80 else received[:77] + "..."
             remedy = remedy or "mend the results, or run the pipeline again"
             raise InputError(f"{self.where}: expected {expected}, got {received}; {remedy}")
 
-    def __getitem__(self, key: str) -> "_Value":
+    def __getitem__(self, key: str) -> "Value":
         found = self.mapping()
         if key not in found:
             names = [name if name.isprintable() else repr(name) for name in found]
@@ -253,31 +271,40 @@ class _Value:
                 f"{self.where}[{key!r}]: expected this key, got only {present}; "
                 "hand over the results as the pipeline returns them"
             )
-        return _Value(found[key], f"{self.where}[{key!r}]")
+        return Value(found[key], f"{self.where}[{key!r}]")
+
+    def get(self, key: str, usual: object) -> "Value":
+        """What an object has under a key, or else what is usual."""
+        return Value(self.mapping().get(key, usual), f"{self.where}[{key!r}]")
 
     def mapping(self) -> dict[str, Any]:
+        """The value as an object."""
         self.require(isinstance(self.value, dict), "an object")
         return cast(dict[str, Any], self.value)
 
-    def entries(self, count: int | None = None) -> Iterator["_Value"]:
+    def entries(self, count: int | None = None) -> Iterator["Value"]:
+        """The value as a list of so many entries, or of one or more."""
         found = len(self.value) if isinstance(self.value, list) else 0
         self.require(
             found == count if count else found > 0, f"a list of {count or 'one or more'} entries"
         )
-        return (_Value(entry, f"{self.where}[{i}]") for i, entry in enumerate(self.value))
+        return (Value(entry, f"{self.where}[{i}]") for i, entry in enumerate(self.value))
 
     def text(self) -> str:
+        """The value as one line of text."""
         self.require(
             isinstance(self.value, str) and bool(self.value.strip()) and self.value.isprintable(),
             "one line of text",
         )
         return cast(str, self.value)
 
-    def choice(self, allowed: tuple[str | None, ...]) -> Any:  # noqa: ANN401
+    def choice(self, allowed: tuple[str | bool | None, ...]) -> Any:  # noqa: ANN401
+        """The value, which is one of these."""
         self.require(self.value in allowed, "one of " + json.dumps(allowed)[1:-1])
         return self.value
 
     def integer(self) -> int:
+        """The value as a whole number >= 0."""
         self.require(
             isinstance(self.value, int) and not isinstance(self.value, bool) and self.value >= 0,
             "a whole number >= 0",
@@ -285,6 +312,7 @@ class _Value:
         return cast(int, self.value)
 
     def number(self) -> float:
+        """The value as a number."""
         self.require(
             isinstance(self.value, int | float)
             and not isinstance(self.value, bool)
@@ -294,12 +322,13 @@ class _Value:
         return float(self.value)
 
     def fraction(self) -> float:
+        """The value as a number in [0, 1]."""
         number = self.number()
         self.require(0 <= number <= 1, "a fraction in [0, 1]", "divide percentages by 100")
         return number
 
 
-def _system(value: _Value, *, labels: int, seeds: tuple[int, ...], tested: int) -> System:
+def _system(value: Value, *, labels: int, seeds: tuple[int, ...], tested: int) -> System:
     group = value["group"].choice(GROUPS)
     modalities = tuple(modality.choice(MODALITIES) for modality in value["modalities"].entries())
     value["modalities"].require(
@@ -320,10 +349,12 @@ def _system(value: _Value, *, labels: int, seeds: tuple[int, ...], tested: int) 
         distillation=value["distillation"].choice((None,) if group == "teacher" else DISTILLATIONS),
         fusion=value["fusion"].choice(FUSIONS if group == "fusion" else (None,)),
         runs=runs,
+        taught_by=value.get("taught_by", MODALITIES[0]).choice(MODALITIES),
+        prompt=value.get("prompt", True).choice((True, False)),
     )
 
 
-def _run(value: _Value, *, labels: int, tested: int) -> Run:
+def _run(value: Value, *, labels: int, tested: int) -> Run:
     test = value["test"]
     confusion = tuple(
         tuple(count.integer() for count in row.entries(labels))
@@ -359,7 +390,7 @@ def _run(value: _Value, *, labels: int, tested: int) -> Run:
     )
 
 
-def _scores(value: _Value) -> Scores:
+def _scores(value: Value) -> Scores:
     return Scores(
         weighted_f1=value["weighted_f1"].fraction(),
         macro_f1=value["macro_f1"].fraction(),
@@ -371,7 +402,10 @@ def _refuse_twins(systems: list[System]) -> None:
     """A table looks systems up by what they are, so no two may be the same."""
     seen: dict[tuple[object, ...], str] = {}
     for system in systems:
-        what = (system.group, frozenset(system.modalities), system.distillation, system.fusion)
+        what = (
+            *(system.group, frozenset(system.modalities), system.distillation, system.fusion),
+            *(system.taught_by, system.prompt),
+        )
         for name in (("key", system.key), what):
             if name in seen:
                 raise InputError(

@@ -92,6 +92,16 @@ class Source(Protocol):
         """The labels of a split: int64, ``[N]``."""
         ...
 
+    def without_prompt(self) -> "Source":
+        """The same corpus with texts that do not end in the question for the emotion.
+
+        It is prepared if this one is.
+
+        Raises:
+            InputError: There is no question to leave out.
+        """
+        ...
+
     def lines(self, split: str) -> list[Line]:
         """Who says what in a split; the utterances of a dialogue follow each other."""
         ...

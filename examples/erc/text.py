@@ -36,22 +36,28 @@ class Prompter:
     """Turns the dialogue so far into the prompt of the text teacher.
 
     The prompt is ``<s_i> t_1 <s_j> t_2 ... <s_i> t_k </s> Now <s_i> feels <mask>``, after the
-    token with which the encoder's sequences begin (which the released code leaves out). Text that
-    reads like a special token stays text.
+    token with which the encoder's sequences begin (which the released code leaves out). Without
+    the question it is ``<s_i> t_1 <s_j> t_2 ... <s_i> t_k </s>``. Text that reads like a special
+    token stays text.
 
     Args:
         encoder: The encoder that the prompts are for.
         speakers: The largest number of speakers in a dialogue, >= 1; each is a token of its own.
         max_tokens: The length of the longest prompt.
+        ask: Whether the prompt ends in the question.
 
     Attributes:
         tokenizer: The encoder's tokenizer, with the speakers' tokens added.
+        asks: Whether the prompt ends in the question, and so in the mask.
 
     Raises:
         InputError: The encoder is not of this kind, or has no room for so many tokens.
     """
 
-    def __init__(self, encoder: Pretrained, speakers: int, max_tokens: int) -> None:
+    def __init__(
+        self, encoder: Pretrained, speakers: int, max_tokens: int, *, ask: bool = True
+    ) -> None:
+        self.asks = ask
         self.tokenizer: Any = encoder.load("AutoTokenizer")
         begin = _first(self.tokenizer.bos_token_id, self.tokenizer.cls_token_id)
         separator = _first(self.tokenizer.sep_token_id, self.tokenizer.eos_token_id)
@@ -82,20 +88,20 @@ class Prompter:
     def encode(self, turns: Sequence[tuple[int, Sequence[int]]]) -> list[int]:
         """Build the prompt for the last of some turns.
 
-        A prompt that would be too long loses its oldest words, never the question.
+        A prompt that would be too long loses its oldest words, never its end.
 
         Args:
             turns: For each utterance of the dialogue so far its speaker and its token ids.
 
         Returns:
-            At most ``max_tokens`` ids; the last one is the mask.
+            At most ``max_tokens`` ids; the last one is the mask, or the separator.
         """
         words = [token for speaker, ids in turns for token in (self._speakers[speaker], *ids)]
-        question = self._ask(turns[-1][0])
-        return [self._begin, *words[-(self._max_tokens - len(question) - 1) :], *question]
+        end = self._end(turns[-1][0])
+        return [self._begin, *words[-(self._max_tokens - len(end) - 1) :], *end]
 
     def collate(self, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        """Pad prompts on the left, so that the mask is the last token of each.
+        """Pad prompts on the left, so that they end together: in the mask, if there is one.
 
         Args:
             prompts: B lists of ids, the longest of length T.
@@ -115,20 +121,22 @@ class Prompter:
             "attention_mask": torch.tensor([[0] * gap + [1] * (longest - gap) for gap in gaps]),
         }
 
-    def _ask(self, speaker: int) -> list[int]:
+    def _end(self, speaker: int) -> list[int]:
+        if not self.asks:
+            return [self._separator]
         return [
             self._separator, *self._now, self._speakers[speaker], *self._feels, self._mask
         ]  # fmt: skip
 
     def _check_room(self, encoder: Pretrained) -> None:
-        least = len(self._ask(0)) + 2
+        least = len(self._end(0)) + 2
         most = self.tokenizer.model_max_length
         if (positions := getattr(encoder.config, "max_position_embeddings", None)) is not None:
             after_padding = encoder.config.model_type in _POSITIONS_AFTER_PADDING
             most = min(most, positions - (self._padding + 1 if after_padding else 0))
         if not least <= self._max_tokens <= most:
             raise InputError(
-                f"max_text_tokens: expected between {least} (one word and the question) and "
+                f"max_text_tokens: expected between {least} (one word and the end) and "
                 f"{most} (the positions of {encoder.name}), got {self._max_tokens}; "
                 "choose a length in between"
             )
@@ -176,7 +184,9 @@ class TextDataset:
 
 
 class TextEncoder(nn.Module):
-    """A masked language model with a linear classifier over the state of its mask token.
+    """A masked language model with a linear classifier over the state of one token.
+
+    It is that of the mask, or without a question that of the token with which a sequence begins.
 
     Args:
         encoder: A masked language model such as RoBERTa, with its weights. It must be one whose
@@ -196,31 +206,35 @@ class TextEncoder(nn.Module):
         self.body = load_body(encoder)
         self.body.resize_token_embeddings(len(prompter.tokenizer), mean_resizing=False)
         self.head = Head(encoder.hidden_size, feature_size, num_classes)
+        self._last = prompter.asks
         self._check_left_padding(encoder, prompter)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> EncoderOutput:
         """Encode a batch.
 
         Args:
-            input_ids: ``[B, T]``, padded on the left; the last token of each row is the mask.
+            input_ids: ``[B, T]``, padded on the left.
             attention_mask: ``[B, T]``, 1 for tokens, 0 for padding.
 
         Returns:
             Features ``[B, d]`` and logits ``[B, C]``, both float32.
         """
-        output: EncoderOutput = self.head(self._read_mask(input_ids, attention_mask))
+        output: EncoderOutput = self.head(self._read_state(input_ids, attention_mask))
         return output
 
-    def _read_mask(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def _read_state(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden: Tensor = self.body(input_ids, attention_mask=attention_mask).last_hidden_state
-        return hidden[:, -1]
+        if self._last:
+            return hidden[:, -1]
+        first = attention_mask.argmax(dim=1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), first]
 
     def _check_left_padding(self, encoder: Pretrained, prompter: Prompter) -> None:
         prompt = prompter.encode([(0, prompter.tokenize(["a"])[0])])
         self.body.eval()
         with torch.no_grad():
-            alone = self._read_mask(**prompter.collate([prompt]))[0]
-            padded = self._read_mask(**prompter.collate([prompt, prompt * 2]))[0]
+            alone = self._read_state(**prompter.collate([prompt]))[0]
+            padded = self._read_state(**prompter.collate([prompt, prompt * 2]))[0]
         if (alone - padded).norm() > _LEFT_PADDING_TOLERANCE * alone.norm():
             raise InputError(
                 f"{encoder.name}: expected an encoder that reads a text alike with padding on its "

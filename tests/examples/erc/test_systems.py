@@ -1,7 +1,7 @@
 import pytest
 
-from examples.erc.results import DISTILLATIONS, FUSIONS, GROUPS
-from examples.erc.systems import TEACHER, System, plan
+from examples.erc.results import FUSIONS, GROUPS
+from examples.erc.systems import TAUGHT, TEACHER, System, plan
 
 BOTH = "response+feature"
 
@@ -11,9 +11,7 @@ def test_plan_of_three_modalities_has_the_full_comparison() -> None:
     keys = {system.key for system in systems}
     assert len(keys) == len(systems) == 17
     assert {"text", "audio/none", "visual/response", f"audio/{BOTH}"} <= keys
-    everything = {
-        f"text+audio+visual/{how}/{taught}" for how in FUSIONS for taught in DISTILLATIONS
-    }
+    everything = {f"text+audio+visual/{how}/{taught}" for how in FUSIONS for taught in TAUGHT}
     pairs = {f"text+{student}/{how}/{BOTH}" for student in ("audio", "visual") for how in FUSIONS}
     assert everything | pairs == {system.key for system in systems if system.fusion}
 
@@ -22,8 +20,8 @@ def test_plan_of_two_modalities_fuses_them_in_every_way() -> None:
     keys = [system.key for system in plan(("text", "visual"))]
     assert keys == [
         "text",
-        *(f"visual/{taught}" for taught in DISTILLATIONS),
-        *(f"text+visual/{how}/{taught}" for how in FUSIONS for taught in DISTILLATIONS),
+        *(f"visual/{taught}" for taught in TAUGHT),
+        *(f"text+visual/{how}/{taught}" for how in FUSIONS for taught in TAUGHT),
     ]
 
 
