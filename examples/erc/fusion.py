@@ -41,7 +41,7 @@ class ShiftingHead(nn.Module):
     """The students' features shift the teacher's: :class:`telme_kd.AttentionShiftingFusion`.
 
     Args:
-        widths: The feature width of each modality, text first, then one or more students.
+        widths: The feature width of each modality, the teacher's first, then one or more students.
         num_classes: C.
         recipe: The numbers.
     """

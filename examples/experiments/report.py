@@ -59,7 +59,7 @@ def write(results: Mapping[str, Any], folder: Path) -> Path:
     files: dict[str, bytes] = {}
     for exhibit in shown:
         for table, _ in exhibit.tables:
-            files[f"tables/{table.key}.tex"] = exports.latex(table, title).encode()
+            files[f"tables/{table.key}.tex"] = exports.latex(tables.narrow(table), title).encode()
             files[f"tables/{table.key}.csv"] = exports.csv_table(table).encode()
         for picture in exhibit.pictures:
             files[f"plots/{picture.name}.png"] = picture.light
@@ -139,7 +139,7 @@ def _dots(comparison: Comparison, outcome: Outcome) -> Picture:
     alone = grouped.pop(None, [])
     for key, systems in grouped.items():
         baseline = outcome.system(str(key))
-        panels.append((f"Beside: {baseline.title}", [baseline, *systems], baseline))
+        panels.append((f"Compared with: {baseline.title}", [baseline, *systems], baseline))
     rest = [system for system in alone if system.key not in grouped]
     if rest:
         panels.append(("Not compared", rest, None))

@@ -164,7 +164,8 @@ class _Exchanges:
 
     def _difference(self, exchanged: Floats) -> Floats:
         scores = self.scores(exchanged).mean(axis=2)
-        return np.abs(scores[:, 0] - scores[:, 1])
+        gaps: Floats = np.abs(scores[:, 0] - scores[:, 1])
+        return gaps
 
     def _every(self) -> Iterator[Floats]:
         numbers = np.arange(2**self.count)

@@ -1,6 +1,7 @@
 """The tables of the experiments, free of any format."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from examples.erc.comparison import (
     SCORES,
@@ -25,6 +26,9 @@ LEVEL = 0.05
 """Differences with a smaller adjusted p-value are called better or worse."""
 
 CHANCE = "may be chance"
+
+ASIDE = ("n", "p_seeds", "p_dialogues", "verdict")
+"""Columns that are left out where there is little room."""
 
 
 def table(comparison: Comparison, outcome: Outcome) -> Table:
@@ -99,6 +103,20 @@ def finding(comparison: Comparison, outcome: Outcome) -> str:
         compared = sum(verdict is not None for _, verdict in lines)
         sentences.append(f"{doubtful} of {compared} differences from the baseline may be chance.")
     return " ".join(sentences)
+
+
+def narrow(full: Table) -> Table:
+    """Leave out what a page of a paper has no room for, and what follows from the rest.
+
+    Args:
+        full: As :func:`table` filled it.
+    """
+    kept = [index for index, column in enumerate(full.columns) if column.key not in ASIDE]
+    return replace(
+        full,
+        columns=tuple(full.columns[index] for index in kept),
+        rows=tuple(Row(row.system, tuple(row.cells[index] for index in kept)) for row in full.rows),
+    )
 
 
 def legend(outcome: Outcome) -> str:
