@@ -29,6 +29,7 @@ extensions = [
     "committed_results",
     "performance_results",
     "scaling_results",
+    "experiment_results",
 ]
 exclude_patterns = ["_build", "_generated"]
 nitpicky = True

@@ -33,7 +33,7 @@ from examples.erc.comparison import (
 from examples.erc.errors import InputError
 from examples.erc.findings import findings
 from examples.erc.page import templates
-from examples.erc.results import Results, read
+from examples.erc.results import Results, as_text, read
 
 if TYPE_CHECKING:  # it needs the training library
     from examples.erc.mistakes import Analysis
@@ -223,9 +223,7 @@ def _json(results: Results) -> str:
             for table in tables(results)
         }
     }
-    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    # One number a line would make a confusion matrix taller than a page.
-    return re.sub(r"\[\n[-+.\deE,\s]+\]", lambda found: json.dumps(json.loads(found[0])), text)
+    return as_text(document)
 
 
 def _json_cell(cell: Cell) -> object:

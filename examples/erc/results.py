@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -215,6 +216,20 @@ def read(results: Mapping[str, Any], *, trained: bool = True) -> Results:
         seconds=root["seconds"].number(),
         document=document,
     )
+
+
+def as_text(document: Mapping[str, Any]) -> str:
+    """Write a document as JSON for people too: a list of numbers takes one line.
+
+    Args:
+        document: What JSON can hold.
+
+    Returns:
+        Lines, the last with its line break.
+    """
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    # One number a line would make a confusion matrix taller than a page.
+    return re.sub(r"\[\n[-+.\deE,\s]+\]", lambda found: json.dumps(json.loads(found[0])), text)
 
 
 def read_plain(value: object, where: str) -> Any:  # noqa: ANN401

@@ -1,6 +1,5 @@
 """Train what the experiments compare, each system once for a seed, and score it."""
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,6 +12,7 @@ from examples.erc.artifacts import Artifact
 from examples.erc.errors import InputError
 from examples.erc.pipeline import RESULTS, Story, check_size, circumstances, evaluate
 from examples.erc.recipe import Recipe
+from examples.erc.results import as_text
 from examples.erc.source import JSON, SPLITS, Source
 from examples.erc.systems import System
 from examples.erc.training import Hardware
@@ -124,7 +124,7 @@ def run(
             "classes": _classes(source),
             "significance": _significance(source, experiments, finished),
         }
-        text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+        text = as_text(results)
         if processes.first():
             place = folder / FOLDER / name
             place.mkdir(parents=True, exist_ok=True)

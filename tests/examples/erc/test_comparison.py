@@ -7,6 +7,7 @@ import pytest
 
 from examples.erc.comparison import (
     Difference,
+    Probability,
     Spread,
     Table,
     ablation,
@@ -297,3 +298,10 @@ def test_the_legend_of_one_seed_does_not_speak_of_spreads(document: Any) -> None
     assert "no test of significance" in several
     assert "±" not in single
     assert "may well be chance" in single
+
+
+@pytest.mark.parametrize(
+    ("value", "written"), [(0.0, "< 0.001"), (0.00099, "< 0.001"), (0.001, "0.001"), (1.0, "1.000")]
+)
+def test_probabilities_have_three_decimals(value: float, written: str) -> None:
+    assert words(Probability(value)) == written

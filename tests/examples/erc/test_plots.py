@@ -225,3 +225,19 @@ def test_one_seed_has_no_whisker_to_explain(document: Any) -> None:
     del document["systems"][0]["runs"][1]
 
     assert "whisker" not in plots.scores(read(document)).note
+
+
+def test_systems_side_by_side_are_told_panel_by_panel(document: Any) -> None:
+    results = read(document)
+    teacher, student = results.systems[0], results.group("student")[0]
+
+    picture = plots.side_by_side(
+        "pair", [("Both", [teacher, student], teacher), ("One", [student], None)]
+    )
+
+    assert picture.name == "pair"
+    assert picture.alt.startswith(
+        "Dot plot of weighted F1 on test in percent, one dot per seed: Text"
+    )
+    assert picture.alt.count(student.title) == 2
+    assert plots.LIGHT.marks["teacher"] in colours(picture.light)

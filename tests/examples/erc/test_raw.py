@@ -356,6 +356,39 @@ def test_the_description_is_json_without_places(source: RawSource) -> None:
     assert "/tmp" not in text
 
 
+def test_rows_know_their_dialogue(corpus: Corpus, make_source: Callable[..., RawSource]) -> None:
+    (only,) = corpus.splits["dev"]
+    first, *others = only.utterances
+    cut = (replace(only, utterances=(first,)), replace(only, utterances=tuple(others)))
+    source = make_source(replace(corpus, splits={**corpus.splits, "dev": cut}))
+
+    assert source.dialogues("dev").tolist() == [0, 1, 1]
+    assert source.dialogues("train").tolist() == [0, 0, 0]
+
+
+def test_rows_that_are_left_out_leave_their_dialogue_alone(
+    make_source: Callable[..., RawSource], tmp_path: Path
+) -> None:
+    source = make_source(bad_clips="skip")
+    source.prepare(tmp_path)
+
+    assert source.dialogues("dev").tolist() == [0, 0]
+
+
+def test_without_the_prompt_the_text_alone_is_another(source: RawSource) -> None:
+    whole = source.describe(("text",))
+    silent = source.without_prompt()
+
+    assert silent.describe(("text",)) == {**whole, "prompt": False}
+    assert silent.describe(("audio", "visual")) == source.describe(("audio", "visual"))
+    assert source.describe(("text",)) == whole
+    asked, plain = (s.dataset("text", "dev")[[0]]["input_ids"] for s in (source, silent))
+    assert torch.equal(asked[:, : plain.shape[1]], plain)
+    assert plain.shape[1] < asked.shape[1]
+    seen = [s.dataset("audio", "dev")[[0]]["input_values"] for s in (source, silent)]
+    assert torch.equal(*seen)
+
+
 def _change(corpus: Corpus, **values: object) -> Corpus:
     """The corpus with another second utterance of dev."""
     dialogue = corpus.splits["dev"][0]

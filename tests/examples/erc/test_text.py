@@ -239,3 +239,29 @@ def test_a_tokenizer_without_a_mask_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match=r"expected a tokenizer .* mask .*masked language model"):
         Prompter(Pretrained(str(tmp_path)), SPEAKERS, 64)
+
+
+def test_without_the_question_the_prompt_ends_with_the_words(encoder: Pretrained) -> None:
+    silent = Prompter(encoder, SPEAKERS, 64, ask=False)
+    dialogue = make_dialogue((0, "hello there"), (1, "what is it"))
+
+    assert read_row(silent, dialogue, 1) == "<s> <s1> _hello _there <s2> _what _is _it </s>"
+    short = Prompter(encoder, SPEAKERS, 5, ask=False)
+    assert read_row(short, dialogue, 1) == "<s> _what _is _it </s>"
+    with pytest.raises(InputError, match="max_text_tokens: expected between 3 "):
+        Prompter(encoder, SPEAKERS, 2, ask=False)
+
+
+def test_without_the_question_the_feature_is_the_state_of_the_beginning(
+    encoder: Pretrained,
+) -> None:
+    silent = Prompter(encoder, SPEAKERS, 64, ask=False)
+    model = TextEncoder(encoder, silent, num_classes=7, feature_size=16).eval()
+    batch = TextDataset([make_dialogue((0, "hello"), (1, "what is it"))], silent)[[0, 1]]
+
+    features, _ = model(**batch)
+
+    hidden = model.body(**batch).last_hidden_state
+    starts = batch["input_ids"] == silent.tokenizer.bos_token_id
+    assert batch["attention_mask"][0, 0] == 0  # the first row is padded
+    assert torch.equal(features, hidden[starts])
