@@ -72,7 +72,7 @@ def _work(context: click.Context, options: dict[str, Any]) -> None:
         range(options["seeds"]),
         folder,
         hardware,
-        shlex.join(["python", "-m", "examples.experiments", *_typed(context)]),
+        _typed(context),
         name=options["name"],
         left_out=left_out,
         checkpoint_every=options["checkpoint_every"],
@@ -112,9 +112,10 @@ def _open(
     return SyntheticSource(corpus, CORPORA[corpus], folder, chosen, pipeline.SYNTHETIC_SEED)
 
 
-def _typed(context: click.Context) -> list[str]:
-    """What the user typed: the name first."""
-    return [str(context.params["name"]), *pipeline._typed_options(context)]
+def _typed(context: click.Context) -> str:
+    """The command that the user gave, in a form that a shell takes."""
+    _, *words = pipeline._typed_options(context)  # an argument has a name that nobody types
+    return shlex.join(["python", "-m", "examples.experiments", *words])
 
 
 def _parameters() -> list[click.Parameter]:

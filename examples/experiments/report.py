@@ -92,6 +92,7 @@ def exhibits(outcome: Outcome) -> Iterator[Exhibit]:
         )
         pictures = [_dots(comparison, outcome) for comparison in comparisons]
         if experiment.name == "confusions":
+            filled += ((tables.class_scores(comparisons[0], outcome), ""),)
             pictures = [
                 plots.confusion_matrix(
                     outcome.results.labels, outcome.system(line.system.key), f"confusion-{number}"

@@ -7,6 +7,7 @@ from examples.erc.comparison import (
     SCORES,
     Cell,
     Column,
+    Measure,
     Probability,
     Row,
     Spread,
@@ -46,7 +47,6 @@ def table(comparison: Comparison, outcome: Outcome) -> Table:
     cells: list[list[Cell]] = [list(line.words) for line in comparison.lines]
     found = [
         *_scores(systems),
-        *(_classes(systems, outcome) if comparison.key == "confusions" else ()),
         *_against_baseline(comparison, outcome),
     ]
     for column, held in found:
@@ -65,6 +65,41 @@ def table(comparison: Comparison, outcome: Outcome) -> Table:
         labels=len(comparison.heads),
     )
     return _beside_published(made, outcome) if comparison.key == "comparison" else made
+
+
+def class_scores(comparison: Comparison, outcome: Outcome) -> Table:
+    """F1 of every class on test, for the lines of a table.
+
+    Args:
+        comparison: One of an experiment that was run.
+        outcome: The results.
+    """
+    columns = [Column(head.lower(), head) for head in comparison.heads]
+    rows = [
+        Row(
+            line.system.key,
+            (
+                *line.words,
+                *(
+                    spread(outcome.system(line.system.key).runs, _class_f1(index))
+                    for index in range(len(outcome.results.labels))
+                ),
+            ),
+        )
+        for line in comparison.lines
+    ]
+    columns += [
+        Column(f"f1/{label}", f"{label} ({outcome.classes['test'][label]})", 1, ranked=True)
+        for label in outcome.results.labels
+    ]
+    return Table(
+        f"{comparison.key}_by_class",
+        f"{comparison.title} by class",
+        "F1 of each class on test; beside a class, how many test utterances have it.",
+        tuple(columns),
+        tuple(rows),
+        labels=len(comparison.heads),
+    )
 
 
 def class_table(outcome: Outcome) -> Table:
@@ -144,16 +179,6 @@ def _scores(systems: list[System]) -> Iterator[tuple[Column, list[Cell]]]:
         yield column, [spread(system.runs, measure) for system in systems]
 
 
-def _classes(systems: list[System], outcome: Outcome) -> Iterator[tuple[Column, list[Cell]]]:
-    for index, label in enumerate(outcome.results.labels):
-        column = Column(f"f1/{label}", f"F1, {label}", ranked=True)
-        cells: list[Cell] = [
-            spread(system.runs, lambda run, index=index: run.per_class_f1[index])  # type: ignore[misc]
-            for system in systems
-        ]
-        yield column, cells
-
-
 def _against_baseline(
     comparison: Comparison, outcome: Outcome
 ) -> Iterator[tuple[Column, list[Cell]]]:
@@ -175,6 +200,10 @@ def _against_baseline(
             yield Column(f"p_{key}", title), [_probability(value) for value in found]
     yield Column("p_holm", "p, Holm"), [_probability(value) for value in adjusted]
     yield Column("verdict", "Verdict"), list(_verdicts(comparison, outcome))
+
+
+def _class_f1(index: int) -> Measure:
+    return lambda run: run.per_class_f1[index]
 
 
 def _tests(lines: tuple[Line, ...], outcome: Outcome) -> list[Significance | None]:

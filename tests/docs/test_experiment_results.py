@@ -30,7 +30,7 @@ def test_a_page_has_every_table_and_plot_of_the_committed_run(
     text = pages.page(corpus, path, tmp_path)
     for paper in ("Table 2", "Table 3", "Table 4", "Tables 5 to 7", "Fig. 5", "Fig. 6", "Fig. 7"):
         assert f"\n{paper}: " in f"\n{text}"
-    assert text.count(".. list-table::") == 8
+    assert text.count(".. list-table::") == 9
     assert "Left out: prompt" in text
     pictures = {found.name for found in tmp_path.glob("*.png")}
     assert len(pictures) == 2 * 10

@@ -22,7 +22,7 @@ from tests.examples.experiments.conftest import Ran
 
 KEYS = {
     *("comparison", "ablation", "modalities", "teacher", "students_by_teacher"),
-    *("students", "classes", "confusions"),
+    *("students", "classes", "confusions", "confusions_by_class"),
 }
 
 
@@ -143,6 +143,21 @@ def test_published_scores_stand_beside_ours_with_their_sources(document: Any) ->
     assert len({len(row.cells) for row in table.rows} | {len(table.columns)}) == 1
     # What others published is not what is best here.
     assert not any(table.best(row, heads.index("published")) for row in table.rows)
+
+
+def test_classes_have_scores_of_their_own(document: Any) -> None:
+    outcome = read(document)
+    (comparison,) = EXPERIMENTS["confusions"].plan(outcome.modalities)
+    table = tables.class_scores(comparison, outcome)
+    assert [column.title for column in table.columns] == [
+        "System",
+        "glad (3)",
+        "sad (9)",
+        "calm (9)",
+    ]
+    system = next(s for s in document["systems"] if s["key"] == table.rows[2].system)
+    values = [run["test"]["per_class_f1"][1] for run in system["runs"]]
+    assert table.rows[2].cells[2] == Spread(fmean(values), stdev(values), 2)
 
 
 def test_narrow_tables_keep_what_a_paper_needs(document: Any) -> None:

@@ -1,4 +1,5 @@
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -238,6 +239,15 @@ def test_an_experiment_that_cannot_be_is_refused_before_any_work(
     assert result.exit_code == 2
     assert "teacher: expected at least 2 modalities" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_the_command_is_kept_as_it_was_typed(ran: Ran, document: Any) -> None:
+    pairs = dict(zip(ran.words[::2], ran.words[1::2], strict=True))
+    declared = ("--corpus", "--features", "--seeds", "--epochs", "--output", "--device")
+    words = [word for name in declared for word in (name, pairs[name])]
+    assert document["command"] == shlex.join(
+        ["python", "-m", "examples.experiments", "all", *words]
+    )
 
 
 def test_what_is_left_out_is_told_before_any_work(ran: Ran) -> None:
