@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from examples.erc import pipeline
+from examples.erc.artifacts import exclusive
 from examples.erc.features import FeatureSource
 from examples.erc.systems import System
 from examples.erc.training import Hardware, Trained, train
@@ -248,6 +249,28 @@ def test_the_command_is_kept_as_it_was_typed(ran: Ran, document: Any) -> None:
     assert document["command"] == shlex.join(
         ["python", "-m", "examples.experiments", "all", *words]
     )
+
+
+def test_ctrl_c_says_how_to_go_on(
+    write_features: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "train", stop)
+    words = ["--corpus", "meld", "--features", write_features(), "--output", tmp_path]
+    result = call("modalities", *words)
+    assert result.exit_code == 130
+    assert result.stderr.strip().endswith("the same command goes on from there")
+    assert not (tmp_path / "experiments").exists()
+
+
+def test_a_folder_at_work_is_refused(write_features: Write, tmp_path: Path) -> None:
+    words = ["--corpus", "meld", "--features", write_features(), "--output", tmp_path]
+    with exclusive(tmp_path):
+        result = call("classes", *words)
+    assert result.exit_code == 2
+    assert "no other run in this folder" in result.stderr
 
 
 def test_what_is_left_out_is_told_before_any_work(ran: Ran) -> None:
