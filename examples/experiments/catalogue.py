@@ -80,8 +80,13 @@ class Experiment:
         ]
 
 
-def _method(modalities: Modalities, distillation: str = EVERYTHING) -> System:
-    return System(modalities, distillation, "shifting")
+def _beside(baseline: System, words: tuple[str, ...], system: System) -> Line:
+    """A line of a system and its baseline, or of the baseline itself."""
+    return Line(words, system, None if system == baseline else baseline)
+
+
+def _method(modalities: Modalities) -> System:
+    return System(modalities, EVERYTHING, "shifting")
 
 
 def _plain(modalities: Modalities) -> System:
@@ -102,10 +107,7 @@ def _comparison(modalities: Modalities) -> list[Comparison]:
             "Published scores are of encoders trained on the clips themselves; ours are of the "
             "source that this report names. The baseline is our text teacher.",
             ("System",),
-            tuple(
-                Line((f"{system.title}, ours",), system, TEACHER if system != TEACHER else None)
-                for system in systems
-            ),
+            tuple(_beside(TEACHER, (f"{system.title}, ours",), system) for system in systems),
         )
     ]
 
@@ -123,11 +125,7 @@ def _ablation(modalities: Modalities) -> list[Comparison]:
             "from the teacher. The baseline has neither shifting nor distillation: its first line.",
             ("Fusion", "Distillation"),
             tuple(
-                Line(
-                    (named(system.fusion), named(system.distillation)),
-                    system,
-                    baseline if system != baseline else None,
-                )
+                _beside(baseline, (named(system.fusion), named(system.distillation)), system)
                 for system in systems
             ),
         )
@@ -143,8 +141,8 @@ def _modalities(modalities: Modalities) -> list[Comparison]:
             system = _method(seen)
         else:
             system = TEACHER if seen == TEACHER.modalities else System(seen, EVERYTHING)
-        baseline = TEACHER if system != TEACHER else None
-        lines.append(Line((listed(seen).capitalize(), system.group.capitalize()), system, baseline))
+        words = (listed(seen).capitalize(), system.group.capitalize())
+        lines.append(_beside(TEACHER, words, system))
     return [
         Comparison(
             "modalities",
@@ -159,23 +157,27 @@ def _modalities(modalities: Modalities) -> list[Comparison]:
 
 def _teacher(modalities: Modalities) -> list[Comparison]:
     usual = _method(modalities)
-    fusions = [_led(modalities, teacher) for teacher in modalities]
-    alone = [System((teacher,), taught_by=teacher) for teacher in modalities]
-    students = [
-        (modality, teacher)
-        for modality, teacher in product(modalities, modalities)
-        if modality != teacher
+    fusions = [
+        _beside(usual, (teacher.capitalize(), "Fusion"), _led(modalities, teacher))
+        for teacher in modalities
     ]
-    untaught = {modality: System((modality,), "none") for modality in modalities}
-    taught = [
-        Line(
-            (modality.capitalize(), teacher.capitalize()),
-            System((modality,), EVERYTHING, None, teacher),
-            untaught[modality],
-        )
-        for modality, teacher in students
+    alone = [
+        Line((teacher.capitalize(), "Teacher alone"), System((teacher,), taught_by=teacher))
+        for teacher in modalities
     ]
-    without = [Line((m.capitalize(), "None"), untaught[m]) for m in modalities]
+    students = []
+    for modality in modalities:
+        untaught = System((modality,), "none")
+        students.append(Line((modality.capitalize(), "None"), untaught))
+        students += [
+            Line(
+                (modality.capitalize(), teacher.capitalize()),
+                System((modality,), EVERYTHING, None, teacher),
+                untaught,
+            )
+            for teacher in modalities
+            if teacher != modality
+        ]
     return [
         Comparison(
             "teacher",
@@ -184,15 +186,7 @@ def _teacher(modalities: Modalities) -> list[Comparison]:
             "shifted and the other modalities its students. The baseline is the text teacher's "
             "fusion.",
             ("Teacher", "System"),
-            (
-                *(
-                    Line(
-                        (led.taught_by.capitalize(), "Fusion"), led, usual if led != usual else None
-                    )
-                    for led in fusions
-                ),
-                *(Line((one.taught_by.capitalize(), "Teacher alone"), one) for one in alone),
-            ),
+            (*fusions, *alone),
         ),
         Comparison(
             "students_by_teacher",
@@ -200,11 +194,7 @@ def _teacher(modalities: Modalities) -> list[Comparison]:
             "Each student on its own, distilled both ways from each teacher. The baseline is the "
             "same student without distillation.",
             ("Student", "Teacher"),
-            tuple(
-                sorted(
-                    (*without, *taught), key=lambda line: modalities.index(line.words[0].lower())
-                )
-            ),
+            tuple(students),
         ),
     ]
 
@@ -233,10 +223,10 @@ def _students(modalities: Modalities) -> list[Comparison]:
             "same student without distillation.",
             ("Student", "Distillation"),
             tuple(
-                Line(
+                _beside(
+                    System((modality,), "none"),
                     (modality.capitalize(), named(taught)),
                     System((modality,), taught),
-                    System((modality,), "none") if taught != "none" else None,
                 )
                 for modality, taught in product(modalities[1:], DISTILLATIONS)
             ),
