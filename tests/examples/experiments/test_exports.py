@@ -30,7 +30,7 @@ ACTIVE = {
     r"\textbackslash{}": "\\",
     r"\textasciitilde{}": "~",
     r"\textasciicircum{}": "^",
-    r"\textquotedbl{}": '"',
+    r"{\char34}": '"',
     "$<$": "<",
     "$>$": ">",
     "$|$": "|",
