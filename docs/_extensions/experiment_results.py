@@ -66,7 +66,8 @@ def exhibit(shown: "Exhibit", corpus: str, folder: Path) -> Iterator[str]:
     title = f"{shown.experiment.paper}: {shown.experiment.title}"
     yield from (title, '"' * len(title), "")
     for table, finding in shown.tables:
-        yield from (exports.escape_rst(f"{table.note} {finding}".strip()), "")
+        for text in filter(None, (finding, table.note)):
+            yield from (exports.escape_rst(text), "")
         text = exports.rst(tables.narrow(table), corpus.upper())
         yield text.replace(" ± ", UNBROKEN)
     for drawn in shown.pictures:

@@ -134,7 +134,9 @@ def rst(table: Table, corpus: str) -> str:
         for row in table.rows
     ]
     for cells in (heads, *rows):
-        lines += [f"   {'  ' if index else '* '}- {cell}" for index, cell in enumerate(cells)]
+        lines += [
+            f"   {'  ' if index else '* '}- {cell}".rstrip() for index, cell in enumerate(cells)
+        ]
     return "\n".join([*lines, ""])
 
 
