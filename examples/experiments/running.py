@@ -98,7 +98,8 @@ def run(
     if systems:
         check_size(source, recipe, hardware)
     with artifacts.exclusive(folder) if processes.first() else nullcontext():
-        processes.in_turn(lambda: source.prepare(folder))
+        if systems:
+            processes.in_turn(lambda: source.prepare(folder))
         finished: dict[int, dict[System, Artifact]] = {}
         with tqdm(
             total=len(seeds) * len(systems),

@@ -282,6 +282,11 @@ def test_the_class_distribution_trains_nothing(
     write_features: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = noted(monkeypatch)
+
+    def prepare(self: FeatureSource, folder: Path) -> None:
+        raise AssertionError("clips would be decoded")
+
+    monkeypatch.setattr(FeatureSource, "prepare", prepare)
     words = ["--corpus", "meld", "--features", write_features(), "--output", tmp_path]
     result = call("classes", *words)
     assert result.exit_code == 0, result.stderr
