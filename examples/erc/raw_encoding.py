@@ -121,9 +121,7 @@ class RawEncoding:
     @cached_property
     def prompter(self) -> Prompter:
         """What makes the prompts."""
-        return Prompter(
-            self.encoders["text"], self.speakers, self.max_text_tokens, ask=self.ask
-        )
+        return Prompter(self.encoders["text"], self.speakers, self.max_text_tokens, ask=self.ask)
 
     @cached_property
     def collator(self) -> WaveformCollator:

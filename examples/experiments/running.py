@@ -170,9 +170,7 @@ def _significance(
 ) -> list[JSON]:
     """Test every system against its baseline."""
     truth = source.targets("test").numpy()
-    _, dialogues = np.unique(
-        [line.dialogue for line in source.lines("test")], return_inverse=True
-    )
+    _, dialogues = np.unique([line.dialogue for line in source.lines("test")], return_inverse=True)
     pairs = dict.fromkeys(
         (line.system, line.baseline)
         for experiment in experiments

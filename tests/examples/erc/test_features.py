@@ -135,12 +135,6 @@ def test_description_follows_the_content(write_features: Write) -> None:
     assert first != FeatureSource(write_features(change), "meld").description
 
 
-def test_rows_know_their_dialogue_by_its_first_row(write_features: Callable[..., Path]) -> None:
-    source = FeatureSource(write_features(), "meld")
-
-    assert source.dialogues("dev").tolist() == [40] * 6 + [46] * 13
-
-
 def test_embedded_sentences_have_no_prompt_to_leave_out(
     write_features: Callable[..., Path],
 ) -> None:

@@ -356,25 +356,6 @@ def test_the_description_is_json_without_places(source: RawSource) -> None:
     assert "/tmp" not in text
 
 
-def test_rows_know_their_dialogue(corpus: Corpus, make_source: Callable[..., RawSource]) -> None:
-    (only,) = corpus.splits["dev"]
-    first, *others = only.utterances
-    cut = (replace(only, utterances=(first,)), replace(only, utterances=tuple(others)))
-    source = make_source(replace(corpus, splits={**corpus.splits, "dev": cut}))
-
-    assert source.dialogues("dev").tolist() == [0, 1, 1]
-    assert source.dialogues("train").tolist() == [0, 0, 0]
-
-
-def test_rows_that_are_left_out_leave_their_dialogue_alone(
-    make_source: Callable[..., RawSource], tmp_path: Path
-) -> None:
-    source = make_source(bad_clips="skip")
-    source.prepare(tmp_path)
-
-    assert source.dialogues("dev").tolist() == [0, 0]
-
-
 def test_without_the_prompt_the_text_alone_is_another(source: RawSource) -> None:
     whole = source.describe(("text",))
     silent = source.without_prompt()

@@ -125,7 +125,9 @@ def test_significance_is_computed_from_the_stored_answers(
     answers = []
     for key in (entry["system"], entry["baseline"]):
         stages = [tmp_path / f"seed-{seed}" / key.replace("/", "-") for seed in (0, 1)]
-        outputs = [pipeline.artifacts.Artifact(stage, {}, "").outputs("test") for stage in stages]
+        outputs = [
+            pipeline.artifacts.Artifact(stage, {}, "", {}).outputs("test") for stage in stages
+        ]
         answers.append(torch.stack([fields["logits"].argmax(1) for fields in outputs]).numpy())
     dialogues = [0] * 8 + [1] * 3 + [2] * 10
     expected = compare(*answers, source.targets("test").numpy(), torch.tensor(dialogues).numpy(), 3)
