@@ -140,7 +140,7 @@ def _dots(comparison: Comparison, outcome: Outcome) -> Picture:
     alone = grouped.pop(None, [])
     for key, systems in grouped.items():
         baseline = outcome.system(str(key))
-        panels.append((f"Compared with: {baseline.title}", [baseline, *systems], baseline))
+        panels.append(("Compared with the first line", [baseline, *systems], baseline))
     rest = [system for system in alone if system.key not in grouped]
     if rest:
         panels.append(("Not compared", rest, None))
