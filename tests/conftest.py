@@ -11,13 +11,14 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from telme_kd import _checks
-from tests.helpers import processes
+from tests.helpers import interpreter, processes
 
+interpreter.patch_the_language_once()
 torch.set_num_threads(1)  # sums in one order on every machine, and no fight over cores
 
 _SLOW_DATA = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("default", max_examples=100, deadline=None)
-settings.register_profile("ci", max_examples=300, deadline=None, derandomize=True)
+settings.register_profile("ci", max_examples=1_000, deadline=None, derandomize=True)
 settings.register_profile(
     "nightly", max_examples=20_000, deadline=None, suppress_health_check=_SLOW_DATA
 )

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,11 +30,6 @@ def value_and_gradient(student: Tensor, teacher: Tensor, **options: Any) -> tupl
     loss = batch_similarity_loss(student, teacher, **options)
     (gradient,) = torch.autograd.grad(loss, student)
     return loss.detach(), gradient
-
-
-def rounded(case: Features, dtype: torch.dtype) -> Features:
-    student, teacher = (tensor.double().numpy() for tensor in case.tensors(dtype))
-    return Features(student, teacher, case.temperature)
 
 
 def pair(items: int = 6, width: int = 5, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -71,28 +65,6 @@ def test_golden_values_and_gradients_of_all_files() -> None:
 # --- range and zeros ------------------------------------------------------------------------------
 
 
-@PRECISIONS
-@given(case=strategies.features())
-def test_loss_stays_within_its_bounds(case: Features, dtype: torch.dtype) -> None:
-    loss = batch_similarity_loss(*case.tensors(dtype), temperature=case.temperature)
-    t, items = case.temperature, len(case.student)
-    rounding = tolerances.similarity_bound(case, dtype)
-    assert loss.dtype is dtype
-    assert loss.shape == ()
-    assert -rounding <= loss.item() <= min(4 / t, 2 / t**2, 2 / t + math.log(items)) + rounding
-
-
-@PRECISIONS
-@given(case=strategies.features(structures=("equal", "zero rows")))
-def test_equal_features_give_zero(case: Features, dtype: torch.dtype) -> None:
-    features = torch.tensor(case.teacher, dtype=dtype)
-    loss, gradient = value_and_gradient(features, features, temperature=case.temperature)
-    assert abs(loss.item()) <= tolerances.similarity_bound(case, dtype)
-    case = Features(features.double().numpy(), case.teacher, case.temperature)
-    norms = torch.linalg.vector_norm(gradient, dim=1).double().numpy()
-    assert (norms <= tolerances.similarity_gradient_bound(case, dtype)).all()
-
-
 def test_rounding_below_zero_is_not_hidden() -> None:
     # Clamped, a loss at its minimum would lose its gradient, and its error its sign.
     generator = torch.manual_seed(0)
@@ -126,25 +98,9 @@ def test_students_are_compared_with_teachers_not_with_each_other(case: Features)
     assert turned > 0  # -T relates to itself exactly as T does
 
 
-@given(case=strategies.features(items=(1, 1)))
-def test_one_item_gives_zero_and_no_gradient(case: Features) -> None:
-    loss, gradient = value_and_gradient(*case.tensors(), temperature=case.temperature)
-    assert loss.item() == 0
-    assert (gradient == 0).all()
-
-
-@PRECISIONS
-@given(case=strategies.features(items=(2, 8), structures=("zero rows",)))
-def test_zero_rows_have_no_similarity_and_no_gradient(case: Features, dtype: torch.dtype) -> None:
-    case = rounded(case, dtype)
-    student, teacher = (tensor.requires_grad_() for tensor in case.tensors(dtype))
-    loss = batch_similarity_loss(student, teacher, temperature=case.temperature)
-    expected = truth.batch_similarity(case.student, case.teacher, temperature=case.temperature)
-    assert abs(loss.item() - expected) <= 2 * tolerances.similarity_bound(case, dtype)
-    loss.backward()
-    for features in (student, teacher):
-        assert features.grad.isfinite().all()
-        assert (features.grad[(features == 0).all(dim=1)] == 0).all()
+def _rotation(width: int, seed: int) -> Tensor:
+    matrix = torch.tensor(np.random.default_rng(seed).normal(size=(width, width)))
+    return torch.linalg.qr(matrix).Q
 
 
 def test_all_zero_features_give_zero_and_no_gradient() -> None:
@@ -154,102 +110,7 @@ def test_all_zero_features_give_zero_and_no_gradient() -> None:
     assert (gradient == 0).all()
 
 
-# --- symmetries -----------------------------------------------------------------------------------
-
-
-@PRECISIONS
-@given(case=strategies.features(scale=(1e-3, 100)), seed=strategies.seeds)
-def test_scaling_rows_by_powers_of_two_changes_no_bit(
-    case: Features, seed: int, dtype: torch.dtype
-) -> None:
-    student, teacher = case.tensors(dtype)
-    rng = np.random.default_rng(seed)
-    scales = (
-        torch.tensor(2.0 ** rng.integers(-60, 60, (len(student), 1)), dtype=dtype) for _ in "12"
-    )
-    options = {"temperature": case.temperature, "backend": "reference"}
-    by_student, by_teacher = scales
-    plain = batch_similarity_loss(student, teacher, **options)
-    assert torch.equal(
-        batch_similarity_loss(student * by_student, teacher * by_teacher, **options), plain
-    )
-
-
-@given(case=strategies.features(), seed=strategies.seeds)
-def test_scaling_rows_keeps_the_loss_and_divides_the_gradient(case: Features, seed: int) -> None:
-    student, teacher = case.tensors()
-    scale = torch.tensor(np.random.default_rng(seed).uniform(0.1, 10, (len(student), 1)))
-    loss, gradient = value_and_gradient(student, teacher, temperature=case.temperature)
-    scaled, scaled_gradient = value_and_gradient(
-        student * scale, teacher / scale, temperature=case.temperature
-    )
-    assert abs(loss - scaled).item() <= 2 * tolerances.similarity_bound(case, torch.float64)
-    error = torch.linalg.vector_norm(scaled_gradient * scale - gradient, dim=1).numpy()
-    assert (error <= 2 * tolerances.similarity_gradient_bound(case, torch.float64)).all()
-
-
-@given(case=strategies.features(), seed=strategies.seeds)
-def test_rotating_both_sides_keeps_the_loss(case: Features, seed: int) -> None:
-    student, teacher = case.tensors()
-    rotation = _rotation(student.shape[1], seed)
-    loss = batch_similarity_loss(student, teacher, temperature=case.temperature)
-    rotated = batch_similarity_loss(
-        student @ rotation, teacher @ rotation, temperature=case.temperature
-    )
-    # Rotating rounds each entry by a few u of its row, as often as there are columns.
-    allowed = 2 * student.shape[1] * tolerances.similarity_bound(case, torch.float64)
-    assert abs(loss - rotated).item() <= allowed
-
-
-def _rotation(width: int, seed: int) -> Tensor:
-    matrix = torch.tensor(np.random.default_rng(seed).normal(size=(width, width)))
-    return torch.linalg.qr(matrix).Q
-
-
-@given(case=strategies.features(), seed=strategies.seeds)
-def test_permuting_items_permutes_the_gradient(case: Features, seed: int) -> None:
-    student, teacher = case.tensors()
-    order = torch.tensor(strategies.permutations(len(student), seed))
-    loss, gradient = value_and_gradient(student, teacher, temperature=case.temperature)
-    permuted, permuted_gradient = value_and_gradient(
-        student[order], teacher[order], temperature=case.temperature
-    )
-    assert abs(loss - permuted).item() <= 2 * tolerances.similarity_bound(case, torch.float64)
-    error = torch.linalg.vector_norm(gradient[order] - permuted_gradient, dim=1).numpy()
-    allowed = 2 * tolerances.similarity_gradient_bound(case, torch.float64)[order]
-    assert (error <= allowed).all()
-
-
 # --- gradient -------------------------------------------------------------------------------------
-
-
-@PRECISIONS
-@given(case=strategies.features())
-def test_gradient_is_orthogonal_to_its_row_and_bounded(case: Features, dtype: torch.dtype) -> None:
-    case = rounded(case, dtype)
-    student, teacher = case.tensors(dtype)
-    _, gradient = value_and_gradient(student, teacher, temperature=case.temperature)
-    norms = torch.linalg.vector_norm(student.double(), dim=1).numpy()
-    sizes = torch.linalg.vector_norm(gradient.double(), dim=1).numpy()
-    rounding = tolerances.similarity_gradient_bound(case, dtype)
-    along = (gradient.double() * student.double()).sum(dim=1).abs().numpy()
-    assert (along <= rounding * norms).all()
-    largest = np.divide(1, case.temperature * norms, out=np.zeros_like(norms), where=norms != 0)
-    assert (sizes <= largest + rounding).all()
-
-
-@given(case=strategies.features(items=(2, 8)))
-def test_teacher_gets_a_gradient_only_if_it_requires_one(case: Features) -> None:
-    student, teacher = case.tensors()
-    student.requires_grad_()
-    batch_similarity_loss(student, teacher, temperature=case.temperature).backward()
-    alone = student.grad.clone()
-    assert teacher.grad is None
-    student.grad = None
-    teacher.requires_grad_()
-    batch_similarity_loss(student, teacher, temperature=case.temperature).backward()
-    assert torch.equal(student.grad, alone)
-    assert teacher.grad.isfinite().all()
 
 
 def test_teacher_gradient_flows_through_both_distributions() -> None:
@@ -327,58 +188,6 @@ def test_nan_and_infinity_are_never_laundered(side: int, value: float) -> None:
 
 
 # --- masks and shapes -----------------------------------------------------------------------------
-
-JUNK = st.sampled_from([0.0, 7.0, 1e300, math.inf, -math.inf, math.nan])
-
-
-def _masked(case: Features, seed: int, junk: float) -> tuple[Tensor, Tensor, Tensor]:
-    student, teacher = case.tensors()
-    rng = np.random.default_rng(seed)
-    mask = torch.tensor(rng.random(len(student)) < 0.6)
-    mask[int(rng.integers(len(mask)))] = True
-    student[~mask], teacher[~mask] = junk, -junk
-    return student, teacher, mask
-
-
-@given(case=strategies.features(), seed=strategies.seeds, junk=JUNK)
-def test_masked_items_are_absent(case: Features, seed: int, junk: float) -> None:
-    student, teacher, mask = _masked(case, seed, junk)
-    kept = Features(student[mask].numpy(), teacher[mask].numpy(), case.temperature)
-    inputs = [tensor.clone().requires_grad_() for tensor in (student, teacher)]
-    loss = batch_similarity_loss(*inputs, temperature=case.temperature, mask=mask)
-    loss.backward()
-    others = [tensor.requires_grad_() for tensor in kept.tensors()]
-    expected = batch_similarity_loss(*others, temperature=case.temperature)
-    expected.backward()
-    assert abs(loss - expected).item() <= 2 * tolerances.similarity_bound(kept, torch.float64)
-    error = torch.linalg.vector_norm(inputs[0].grad[mask] - others[0].grad, dim=1).numpy()
-    assert (error <= 2 * tolerances.similarity_gradient_bound(kept, torch.float64)).all()
-    assert inputs[1].grad[mask].isfinite().all()
-    assert all((tensor.grad[~mask] == 0).all() for tensor in inputs)
-
-
-@given(case=strategies.features(), seed=strategies.seeds, junk=JUNK)
-def test_what_masked_items_hold_changes_no_bit(case: Features, seed: int, junk: float) -> None:
-    results = [
-        value_and_gradient(student, teacher, mask=mask, temperature=case.temperature)
-        for student, teacher, mask in (_masked(case, seed, 0.0), _masked(case, seed, junk))
-    ]
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
-
-
-@given(case=strategies.features(), junk=JUNK)
-def test_all_masked_gives_zero_and_no_gradient(case: Features, junk: float) -> None:
-    student, teacher = (tensor.requires_grad_() for tensor in case.tensors())
-    none = torch.zeros(len(student), dtype=torch.bool)
-    loss = batch_similarity_loss(student * junk, teacher, mask=none, temperature=case.temperature)
-    assert loss.item() == 0
-    loss.backward()
-    assert (teacher.grad == 0).all()
-    loss, gradient = value_and_gradient(
-        (student * junk).detach(), teacher, mask=none, temperature=case.temperature
-    )
-    assert (gradient == 0).all()
 
 
 def test_batch_axes_are_those_of_the_flattened_matrix() -> None:

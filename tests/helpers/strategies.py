@@ -123,12 +123,10 @@ def _log_uniform(low: float, high: float) -> st.SearchStrategy[float]:
     return st.floats(np.log10(low), np.log10(high)).map(lambda exponent: 10.0**exponent)
 
 
-_SEEDS = st.integers(0, 2**32 - 1)
+seeds = st.integers(0, 2**32 - 1)
 
 
-@st.composite
 def logits(
-    draw: st.DrawFn,
     *,
     items: tuple[int, int] = (1, 16),
     classes: tuple[int, int] = (1, 20),
@@ -136,21 +134,26 @@ def logits(
     structures: tuple[str, ...] = ANY_STRUCTURE,
     temperatures: tuple[float, ...] = TEMPERATURES,
     weights: tuple[float, ...] = WEIGHTS,
-) -> Logits:
+) -> st.SearchStrategy[Logits]:
     """Pairs of logits: any structure for either side, any scale, equal sides now and then."""
-    shape = draw(st.integers(*items)), draw(st.integers(*classes))
-    rng = np.random.default_rng(draw(_SEEDS))
+    side = st.tuples(_log_uniform(*scale), st.sampled_from(structures))
+    shape = st.tuples(st.integers(*items), st.integers(*classes))
+    of_loss = (st.sampled_from(values) for values in (temperatures, weights, weights))
+    return st.builds(_make_logits, shape, seeds, side, side, st.tuples(*of_loss))
+
+
+def _make_logits(
+    shape: tuple[int, int],
+    seed: int,
+    of_student: tuple[float, str],
+    of_teacher: tuple[float, str],
+    options: tuple[float, float, float],
+) -> Logits:
+    rng = np.random.default_rng(seed)
     student, teacher = (
-        draw(_log_uniform(*scale)) * _STRUCTURES[draw(st.sampled_from(structures))](rng, *shape)
-        for _ in range(2)
+        scale * _STRUCTURES[structure](rng, *shape) for scale, structure in (of_student, of_teacher)
     )
-    return Logits(
-        student=student,
-        teacher=teacher,
-        temperature=draw(st.sampled_from(temperatures)),
-        inter_weight=draw(st.sampled_from(weights)),
-        intra_weight=draw(st.sampled_from(weights)),
-    )
+    return Logits(student, teacher, *options)
 
 
 def varied_logits(
@@ -160,43 +163,33 @@ def varied_logits(
     return logits(items=items, classes=classes, scale=(0.3, 3.0), structures=VARIED)
 
 
-@st.composite
-def dyadic_logits(draw: st.DrawFn) -> Logits:
-    """Logits k/8 under a power of two: integer shifts of a row lose no bit."""
-    shape = draw(st.integers(1, 8)), draw(st.integers(1, 8))
-    rng = np.random.default_rng(draw(_SEEDS))
-    student, teacher = (rng.integers(-64, 65, size=shape) / 8.0 for _ in range(2))
-    return Logits(
-        student=student,
-        teacher=teacher,
-        temperature=draw(st.sampled_from((0.25, 0.5, 1.0, 2.0, 4.0))),
-        inter_weight=draw(st.sampled_from(WEIGHTS)),
-        intra_weight=draw(st.sampled_from(WEIGHTS)),
-    )
-
-
-def permutations(length: int, seed: int) -> NDArray[np.int64]:
-    """A permutation of ``range(length)``."""
-    return np.random.default_rng(seed).permutation(length)
-
-
-seeds = _SEEDS
-
-
-@st.composite
 def features(
-    draw: st.DrawFn,
     *,
     items: tuple[int, int] = (1, 16),
     widths: tuple[int, int] = (1, 24),
     scale: tuple[float, float] = (1e-6, 300.0),
     structures: tuple[str, ...] = ("random", "equal", "zero rows", "parallel", "ties"),
     temperatures: tuple[float, ...] = (0.05, 0.1, 0.5, 1.0, 4.0, 64.0),
-) -> Features:
+) -> st.SearchStrategy[Features]:
     """Pairs of features: equal sides, zero rows, rows along one line, ties."""
-    shape = draw(st.integers(*items)), draw(st.integers(*widths))
-    rng = np.random.default_rng(draw(_SEEDS))
-    structure = draw(st.sampled_from(structures))
+    return st.builds(
+        _make_features,
+        st.tuples(st.integers(*items), st.integers(*widths)),
+        seeds,
+        st.sampled_from(structures),
+        st.tuples(_log_uniform(*scale), _log_uniform(*scale)),
+        st.sampled_from(temperatures),
+    )
+
+
+def _make_features(
+    shape: tuple[int, int],
+    seed: int,
+    structure: str,
+    scales: tuple[float, float],
+    temperature: float,
+) -> Features:
+    rng = np.random.default_rng(seed)
     student, teacher = rng.normal(size=shape), rng.normal(size=shape)
     if structure == "equal":
         student = teacher.copy()
@@ -207,28 +200,37 @@ def features(
         student = rng.normal(size=(shape[0], 1)) * student[:1]
     elif structure == "ties":
         student, teacher = (rng.integers(-1, 2, size=shape) * 1.0 for _ in range(2))
-    return Features(
-        student=draw(_log_uniform(*scale)) * student,
-        teacher=draw(_log_uniform(*scale)) * teacher,
-        temperature=draw(st.sampled_from(temperatures)),
-    )
+    return Features(scales[0] * student, scales[1] * teacher, temperature)
 
 
-@st.composite
 def shifts(
-    draw: st.DrawFn,
     *,
     items: tuple[int, int] = (1, 8),
     widths: tuple[int, int] = (1, 24),
     scale: tuple[float, float] = (1e-6, 300.0),
     thresholds: tuple[float, ...] = (0.0, 1e-12, 0.01, 0.1, 0.2, 1.0, 10.0, 1e12),
-) -> Shift:
+) -> st.SearchStrategy[Shift]:
     """Anchors and displacements: zero rows on either side, lengths far apart and alike."""
-    shape = draw(st.integers(*items)), draw(st.integers(*widths))
-    rng = np.random.default_rng(draw(_SEEDS))
-    anchor = draw(_log_uniform(*scale)) * rng.normal(size=shape)
-    displacement = draw(_log_uniform(*scale)) * rng.normal(size=shape)
-    if draw(st.booleans()):
+    return st.builds(
+        _make_shift,
+        st.tuples(st.integers(*items), st.integers(*widths)),
+        seeds,
+        st.tuples(_log_uniform(*scale), _log_uniform(*scale)),
+        st.booleans(),
+        st.sampled_from(thresholds),
+    )
+
+
+def _make_shift(
+    shape: tuple[int, int],
+    seed: int,
+    scales: tuple[float, float],
+    has_zero_rows: bool,
+    threshold: float,
+) -> Shift:
+    rng = np.random.default_rng(seed)
+    anchor, displacement = (scale * rng.normal(size=shape) for scale in scales)
+    if has_zero_rows:
         anchor[rng.random(shape[0]) < 0.3] = 0.0
         displacement[rng.random(shape[0]) < 0.3] = 0.0
-    return Shift(anchor, displacement, draw(st.sampled_from(thresholds)))
+    return Shift(anchor, displacement, threshold)

@@ -152,8 +152,8 @@ def similarity_gradient_bound(case: Features, dtype: torch.dtype) -> Array:
 
 def _exponent_growth(case: Logits) -> float:
     """An exponential magnifies the rounding of its argument by the argument's size."""
-    largest = np.abs(case.student).max() + np.abs(case.teacher).max()
-    return float(1 + largest / (2 * case.temperature))
+    finite = [np.abs(x[np.isfinite(x)]).max(initial=0.0) for x in (case.student, case.teacher)]
+    return float(1 + sum(finite) / (2 * case.temperature))
 
 
 def _probabilities(case: Logits) -> tuple[Array, Array]:
