@@ -1,8 +1,15 @@
 """Losses over a process group equal one process that holds the whole batch."""
 
+import os
+import re
+import threading
+import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -615,6 +622,41 @@ def test_processes_that_disagree_are_told(crew: processes.Crew) -> None:
             kind = "ShapeError" if mistake.endswith("empty") else "DistributedError"
             assert told[mistake].startswith(f"{kind}: group: {text}"), mistake
     assert set(told) == set(expected)
+
+
+def left_alone(rank: int) -> str:
+    """The second process leaves; the first finds out."""
+    if rank == 1:
+        threading.Timer(0.2, os._exit, [1]).start()
+        return ""
+    student, teacher = torch.randn(2, 4, 7).unbind()
+    try:
+        dist_loss(student, teacher, group="world")
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def late(rank: int) -> str:
+    """The second process comes after the timeout."""
+    if rank == 1:
+        time.sleep(4)
+        return ""
+    student, teacher = torch.randn(2, 4, 7).unbind()
+    try:
+        batch_similarity_loss(student, teacher, group="world")
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("absence", [left_alone, late])
+def test_process_that_does_not_come_is_an_error_and_no_wait(
+    tmp_path: Path, absence: Callable[[int], str]
+) -> None:
+    with processes.crew(2, tmp_path, timeout=timedelta(seconds=2)) as two:
+        told, _ = two(absence)
+    assert re.search(r"(?i)timed out|timeout|closed by peer|reset by peer", told), told
 
 
 def second_derivative(rank: int, name: str) -> str:

@@ -335,6 +335,20 @@ def inputs_are_never_modified(trial: Trial) -> None:
         assert torch.equal(features, original)
 
 
+def nan_and_infinity_are_never_laundered(trial: Trial) -> None:
+    rng = trial.rng
+    position = tuple(int(rng.integers(size)) for size in trial.student.shape)
+    pair = [trial.student.clone(), trial.teacher.clone()]
+    bad = float(rng.choice([math.nan, math.inf, -math.inf]))
+    pair[int(rng.integers(2))][position] = bad
+    with np.errstate(invalid="ignore"):  # the interpreter's NumPy
+        found = trial.outcome(*pair, teacher_gradient=True)
+    assert found.loss.isnan()
+    for gradient in (found.student, found.teacher):
+        assert gradient is not None
+        assert gradient.isnan().any()
+
+
 OF_ONE_CALL = (
     loss_stays_within_its_bounds,
     loss_and_gradients_equal_the_definition_in_float64,
@@ -354,6 +368,7 @@ OF_ANY_FEATURES = (
     masked_items_are_absent_whatever_they_hold,
     all_masked_gives_zero_and_no_gradient,
     layout_in_memory_does_not_matter,
+    nan_and_infinity_are_never_laundered,
 )
 
 

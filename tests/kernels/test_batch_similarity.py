@@ -20,6 +20,9 @@ BACKENDS = ("cpu", "triton")
 OF_PYTORCH = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 """PyTorch's own rules of forward mode are written with it."""
 
+OF_EAGER = ("test_schema", "test_autograd_registration", "test_faketensor")
+"""Whether compiled code does the same is tried on ordinary shapes, once."""
+
 SHAPES = {"small": (6, 20), "beyond": (90, 33)}
 
 
@@ -60,8 +63,23 @@ def test_operator_passes_pytorchs_own_checks_for_every_dtypes_plan(
     torch.library.opcheck(
         operator._batch_similarity_loss,
         (student, teacher, None, 0.5, True, False, backend),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+        test_utils=OF_EAGER,
     )
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 6), (6, 1), (2, 2)], ids=str)
+def test_operator_passes_pytorchs_own_checks_on_degenerate_shapes(
+    backend: str, shape: tuple[int, int]
+) -> None:
+    student, teacher = _pair(shape, teacher_needs_grad=True)
+    zeros = torch.zeros(shape, requires_grad=True)
+    nothing = torch.zeros(shape[0], dtype=torch.bool)
+    for features, mask in ((student, None), (zeros, None), (student, nothing)):
+        torch.library.opcheck(
+            operator._batch_similarity_loss,
+            (features, teacher, mask, 0.5, True, True, backend),
+            test_utils=OF_EAGER,
+        )
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

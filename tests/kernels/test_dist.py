@@ -22,6 +22,10 @@ BACKENDS = ("cpu", "triton")
 OF_PYTORCH = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 """PyTorch's own rules of forward mode are written with it."""
 
+DEGENERATE = pytest.mark.filterwarnings("ignore::telme_kd.errors.DegenerateBatchWarning")
+OF_EAGER = ("test_schema", "test_autograd_registration", "test_faketensor")
+"""Whether compiled code does the same is tried on ordinary shapes, once."""
+
 SHAPES = {"small": (4, 7), "blocked": (96, 301)}
 EPS = (None, 1e-8)
 
@@ -56,6 +60,27 @@ def test_operator_passes_pytorchs_own_checks(
             operator._dist_loss,
             (student, teacher, given_mask, 2.0, 1.0, 0.5, eps, True, teacher_needs_grad, backend),
         )
+
+
+@DEGENERATE
+@pytest.mark.parametrize("shape", [(1, 1), (1, 6), (6, 1), (2, 2)], ids=str)
+def test_operator_passes_pytorchs_own_checks_on_degenerate_shapes(
+    backend: str, shape: tuple[int, int]
+) -> None:
+    student, teacher = _pair(shape, teacher_needs_grad=True)
+    constant = torch.zeros(shape, requires_grad=True)
+    for logits in (student, constant):
+        torch.library.opcheck(
+            operator._dist_loss,
+            (logits, teacher, None, 2.0, 1.0, 0.5, None, True, True, backend),
+            test_utils=OF_EAGER,
+        )
+    nothing = torch.zeros(shape[0], dtype=torch.bool)
+    torch.library.opcheck(
+        operator._dist_loss,
+        (student, teacher, nothing, 2.0, 0.0, 1.0, 1e-8, True, True, backend),
+        test_utils=OF_EAGER,
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

@@ -439,6 +439,20 @@ def test_operator_passes_pytorchs_own_checks(
     torch.library.opcheck(operator._gate_and_shift, (*tensors, noise, *options, True))
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (1, 6), (3, 1)], ids=str)
+def test_operator_passes_pytorchs_own_checks_on_degenerate_shapes(
+    backend: Any, shape: tuple[int, int]
+) -> None:
+    options = operator.Options(0.1, None, None, 0.0, torch.float32, backend)
+    for biases in (True, False):
+        tensors = tensors_of(*shape, biases=biases, normalised=False)
+        torch.library.opcheck(
+            operator._gate_and_shift,
+            (*tensors, None, *options, True),
+            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+        )
+
+
 def _head(backend: Any, **options: Any) -> AttentionShiftingFusion:
     torch.manual_seed(11)
     return AttentionShiftingFusion(12, (4, 8), 2, num_classes=3, backend=backend, **options)

@@ -138,6 +138,19 @@ def test_operator_passes_pytorchs_own_checks(backend: str, needed: tuple[bool, .
     )
 
 
+@pytest.mark.filterwarnings("ignore::telme_kd.errors.DegenerateBatchWarning")
+@pytest.mark.parametrize("shape", [(1, 1), (1, 6), (6, 1), (2, 2)], ids=str)
+def test_operator_passes_pytorchs_own_checks_on_degenerate_shapes(
+    backend: str, shape: tuple[int, int]
+) -> None:
+    tensors = heads(*shape, widths=(1, 2), needed=(True,) * 6)
+    torch.library.opcheck(
+        operator._linear_dist_loss,
+        (*tensors, None, 2.0, 1.0, 0.5, None, 1, backend),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
 @pytest.mark.parametrize("needed", [(True, True, True, False, False, False), (False, True) * 3])
 def test_compiled_loss_is_the_eager_one_to_the_bit_and_has_no_graph_break(
     backend: Any, needed: tuple[bool, ...]

@@ -114,6 +114,8 @@ def backward(
     teacher_needs_grad: bool,
 ) -> Gradients:
     """Return the gradients of student and teacher, each in its own dtype, or None."""
+    if not (inter_weight or intra_weight):
+        return _zeros(student, student_needs_grad), _zeros(teacher, teacher_needs_grad)
     if rows.dim() == 3:
         gradients = rows * grad_output
         return (
@@ -172,6 +174,8 @@ def gradient(
     teacher_needs_grad: bool,
 ) -> Gradients:
     """Return the gradients of a chunk (R, C), as :func:`backward`; rows are those of the chunk."""
+    if not (inter_weight or intra_weight):
+        return _zeros(student, student_needs_grad), _zeros(teacher, teacher_needs_grad)
     options = (temperature, inter_weight, intra_weight, eps)
     needs = (student_needs_grad, teacher_needs_grad)
     return blocks.gradient(grad_output, student, teacher, mask, rows, columns, options, needs)
@@ -204,6 +208,11 @@ def _at_once(
         result = small(student, teacher, mask)
         kept.keep(key, small)
     return result or blocks.whole(student, teacher, mask, options, needs)
+
+
+def _zeros(logits: Tensor, needed: bool) -> Tensor | None:
+    """Return the gradient of no term, whatever the logits are: zero times NaN would be NaN."""
+    return logits.new_zeros(logits.shape) if needed else None
 
 
 def _stored(gradient: Tensor, dtype: torch.dtype) -> Tensor:
