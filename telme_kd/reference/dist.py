@@ -66,14 +66,20 @@ def pearson(
     student_centred, teacher_centred = _centre(student, dim, mask), _centre(teacher, dim, mask)
     covariance = (student_centred * teacher_centred).sum(dim)
     if eps is not None:
-        student_norm: Tensor = torch.linalg.vector_norm(student_centred, dim=dim)
-        teacher_norm: Tensor = torch.linalg.vector_norm(teacher_centred, dim=dim)
-        return covariance / (student_norm * teacher_norm + eps)
+        return covariance / (_norm(student_centred, dim) * _norm(teacher_centred, dim) + eps)
     return (
         covariance
         * inverse_norm(student_centred.square().sum(dim), student.square().sum(dim))
         * inverse_norm(teacher_centred.square().sum(dim), teacher.square().sum(dim))
     )
+
+
+def _norm(centred: Tensor, dim: int) -> Tensor:
+    """|a|; of a vector of zeros 0, as are its derivatives, of which PyTorch's second is NaN."""
+    present = (centred != 0).any(dim)
+    safe = torch.where(present.unsqueeze(dim), centred, 1.0)
+    norm: Tensor = torch.linalg.vector_norm(safe, dim=dim)
+    return torch.where(present, norm, 0.0)
 
 
 def inverse_norm(squared: Tensor, uncentred_squared: Tensor) -> Tensor:

@@ -31,8 +31,7 @@ def bounded_shift(
 ) -> Tensor:
     """Eq. 18-19 over the last axis of (..., d); see :func:`telme_kd.fusion.bounded_shift`."""
     if eps is not None:
-        anchor_norm = torch.linalg.vector_norm(anchor, dim=-1, keepdim=True)
-        displacement_norm = torch.linalg.vector_norm(displacement, dim=-1, keepdim=True)
+        anchor_norm, displacement_norm = _length(anchor), _length(displacement)
         displacement_norm = torch.where(displacement_norm == 0, 1.0, displacement_norm)
         ratio: Tensor = threshold * anchor_norm / (displacement_norm + eps)
         return anchor + ratio.clamp(max=1.0) * displacement
@@ -47,6 +46,14 @@ def bounded_shift(
     short_enough &= (longest > 0) | (displacement_norm == 0)
     # NaN is not short enough, so that it reaches every entry; a zero displacement always is.
     return anchor + torch.where(short_enough, displacement, shortened)
+
+
+def _length(vectors: Tensor) -> Tensor:
+    """Norms (..., 1); of a zero vector 0, as are its derivatives, of which PyTorch's second is NaN."""
+    present = (vectors != 0).any(dim=-1, keepdim=True)
+    safe = torch.where(present, vectors, 1.0)
+    length: Tensor = torch.linalg.vector_norm(safe, dim=-1, keepdim=True)
+    return torch.where(present, length, 0.0)
 
 
 def _measure(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,9 +1,13 @@
 """Where an invariant must hold: in every backend, and every dtype that it takes."""
 
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,6 +54,14 @@ class Place(NamedTuple):
             # Triton's interpreter cuts bits off, and stores no subnormal numbers; GPUs round.
             return 2 * unit * size + normal * math.sqrt(entries)
         return unit * (size + normal * math.sqrt(entries))
+
+
+@contextmanager
+def bad_numbers() -> Iterator[None]:
+    """Where NaN and infinity are meant: NumPy, which interprets Triton's kernels, warns of them."""
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All-NaN slice encountered", RuntimeWarning)
+        yield
 
 
 def _parameter(place: Place) -> object:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from telme_kd import AttentionShiftingFusion
+from telme_kd import AttentionShiftingFusion, ShiftingFusion
 from telme_kd.functional import batch_similarity_loss, dist_loss, linear_dist_loss
 
 MASK = torch.tensor([True, True, False, True, True, True])
@@ -32,7 +32,13 @@ def _fusion(backend: Any, student: Tensor, teacher: Tensor) -> Tensor:
     return head(teacher, student).square().sum()
 
 
-OPERATORS = (_dist, _batch_similarity, _linear_dist, _fusion)
+def _shift(backend: Any, student: Tensor, teacher: Tensor) -> Tensor:
+    torch.manual_seed(1)
+    return ShiftingFusion(5, 5, backend=backend)(teacher, student).square().sum()
+
+
+LOSSES = (_dist, _batch_similarity, _linear_dist)
+NAMED: Any = {"ids": lambda operator: operator.__name__[1:]}
 
 
 @pytest.fixture
@@ -44,7 +50,7 @@ def deterministic() -> Iterator[None]:
 
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
-@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.__name__[1:])
+@pytest.mark.parametrize("operator", [*LOSSES, _fusion], **NAMED)
 def test_deterministic_algorithms_suffice(operator: Callable[..., Tensor], backend: str) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
@@ -63,7 +69,7 @@ def test_deterministic_algorithms_suffice(operator: Callable[..., Tensor], backe
 
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.__name__[1:])
+@pytest.mark.parametrize("operator", [*LOSSES, _shift], **NAMED)
 def test_second_derivatives_need_no_other(operator: Callable[..., Tensor], backend: str) -> None:
     student, teacher = torch.randn(2, 6, 5, generator=torch.manual_seed(0))
     student.requires_grad_()
