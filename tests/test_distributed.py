@@ -624,39 +624,41 @@ def test_processes_that_disagree_are_told(crew: processes.Crew) -> None:
     assert set(told) == set(expected)
 
 
+def told_by(loss: Callable[..., Tensor], group: Any) -> str:
+    student, teacher = torch.randn(2, 4, 7).unbind()
+    try:
+        loss(student, teacher, group=group)
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
 def left_alone(rank: int) -> str:
     """The second process leaves; the first finds out."""
-    if rank == 1:
-        threading.Timer(0.2, os._exit, [1]).start()
-        return ""
-    student, teacher = torch.randn(2, 4, 7).unbind()
-    try:
-        dist_loss(student, teacher, group="world")
-    except RuntimeError as error:
-        return str(error)
-    return "nothing"
+    if rank == 0:
+        return told_by(dist_loss, "world")
+    threading.Timer(0.2, os._exit, [1]).start()
+    return ""
 
 
-def late(rank: int) -> str:
-    """The second process comes after the timeout."""
-    if rank == 1:
-        time.sleep(4)
-        return ""
-    student, teacher = torch.randn(2, 4, 7).unbind()
-    try:
-        batch_similarity_loss(student, teacher, group="world")
-    except RuntimeError as error:
-        return str(error)
-    return "nothing"
+def kept_waiting(rank: int, seconds: int) -> str:
+    """The second process comes later than the group's timeout."""
+    group = torch.distributed.new_group(range(2), timeout=timedelta(seconds=seconds))
+    if rank == 0:
+        return told_by(batch_similarity_loss, group)
+    time.sleep(seconds + 1 if rank == 1 else 0)
+    return ""
 
 
-@pytest.mark.parametrize("absence", [left_alone, late])
-def test_process_that_does_not_come_is_an_error_and_no_wait(
-    tmp_path: Path, absence: Callable[[int], str]
-) -> None:
-    with processes.crew(2, tmp_path, timeout=timedelta(seconds=2)) as two:
-        told, _ = two(absence)
-    assert re.search(r"(?i)timed out|timeout|closed by peer|reset by peer", told), told
+def test_process_that_dies_is_an_error(tmp_path: Path) -> None:
+    with processes.crew(2, tmp_path) as two:
+        told, _ = two(left_alone)
+    assert re.search(r"(?i)closed by peer|reset by peer|broken pipe", told), told
+
+
+def test_process_that_does_not_come_is_an_error_after_the_timeout(crew: processes.Crew) -> None:
+    told, *_ = crew(kept_waiting, 2)
+    assert re.search(r"(?i)timed out|timeout", told), told
 
 
 def second_derivative(rank: int, name: str) -> str:

@@ -49,7 +49,7 @@ def bounded_shift(
 
 
 def _length(vectors: Tensor) -> Tensor:
-    """Norms (..., 1); of a zero vector 0, as are its derivatives, of which PyTorch's second is NaN."""
+    """Norms (..., 1); of zero vectors 0, as are its derivatives: PyTorch's second would be NaN."""
     present = (vectors != 0).any(dim=-1, keepdim=True)
     safe = torch.where(present, vectors, 1.0)
     length: Tensor = torch.linalg.vector_norm(safe, dim=-1, keepdim=True)

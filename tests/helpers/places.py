@@ -39,9 +39,10 @@ class Place(NamedTuple):
         return self.backend == "triton"
 
     def tries(self, seed: int) -> bool:
-        """Whether it tries an example of what takes many calls: in the interpreter, of every fifth.
+        """Whether it tries what takes more than one call: in the interpreter, of every fifth example.
 
-        What holds for any input is tried on all of them everywhere.
+        There a call takes a hundred times as long. Each result is held to the definition all the
+        same, from which the others follow within twice its bounds.
         """
         return not self.is_interpreted or seed % 5 == 0
 

@@ -39,20 +39,17 @@ class Crew:
 
 
 @contextmanager
-def crew(world_size: int, folder: Path, timeout: timedelta = _TIMEOUT) -> Iterator[Crew]:
+def crew(world_size: int, folder: Path) -> Iterator[Crew]:
     """Start processes that form a group with gloo, and end them.
 
-    None waits for another for longer than the timeout. They are spawned: forked ones hang once the
-    parent has used torch's threads.
+    They are spawned: forked ones hang once the parent has used torch's threads.
     """
     context = torch.multiprocessing.get_context("spawn")
     pipes, processes = [], []
     for rank in range(world_size):
         ours, theirs = context.Pipe()
         process = context.Process(
-            target=_main,
-            args=(rank, world_size, str(folder / "rendezvous"), timeout, theirs),
-            daemon=True,
+            target=_main, args=(rank, world_size, str(folder / "rendezvous"), theirs), daemon=True
         )
         process.start()
         theirs.close()
@@ -68,9 +65,7 @@ def crew(world_size: int, folder: Path, timeout: timedelta = _TIMEOUT) -> Iterat
             process.kill()
 
 
-def _main(
-    rank: int, world_size: int, rendezvous: str, timeout: timedelta, pipe: Connection
-) -> None:
+def _main(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -78,7 +73,7 @@ def _main(
         init_method=f"file://{rendezvous}",
         rank=rank,
         world_size=world_size,
-        timeout=timeout,
+        timeout=_TIMEOUT,
     )
     warnings.simplefilter("error")
     warnings.simplefilter("ignore", DegenerateBatchWarning)

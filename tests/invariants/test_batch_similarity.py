@@ -379,16 +379,14 @@ OF_ANY_FEATURES = (
 @given(case=strategies.features(), seed=strategies.seeds, junk=JUNK)
 def test_any_features(place: Place, case: Features, seed: int, junk: float) -> None:
     trial = Trial(place, case, seed=seed, junk=junk)
-    for invariant in OF_ANY_FEATURES:
+    for invariant in OF_ANY_FEATURES if place.tries(seed) else OF_ONE_CALL:
         invariant(trial)
 
 
 @INTERPRETED_HALVES
-@given(case=strategies.features(), seed=strategies.seeds, junk=JUNK)
-def test_any_features_in_half_precision_in_the_interpreter(
-    place: Place, case: Features, seed: int, junk: float
-) -> None:
+@given(case=strategies.features())
+def test_any_features_in_half_precision_in_the_interpreter(place: Place, case: Features) -> None:
     """Its products are of two halves, so what holds for float32 has to be tried again."""
-    trial = Trial(place, case, seed=seed, junk=junk)
-    for invariant in OF_ANY_FEATURES if place.tries(seed) else OF_ONE_CALL:
+    trial = Trial(place, case)
+    for invariant in OF_ONE_CALL:
         invariant(trial)
