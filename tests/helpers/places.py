@@ -39,7 +39,7 @@ class Place(NamedTuple):
         return self.backend == "triton"
 
     def tries(self, seed: int) -> bool:
-        """Whether it tries what takes more than one call: in the interpreter, of every fifth example.
+        """Whether it tries what takes more than one call: in the interpreter, of every fifth.
 
         There a call takes a hundred times as long. Each result is held to the definition all the
         same, from which the others follow within twice its bounds.

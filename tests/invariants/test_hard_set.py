@@ -70,12 +70,13 @@ def test_batch_similarity_is_within_its_bound(place: Place) -> None:
     cases = hard.load_similarity()
     assert len(cases) == hard.CASES
     for index, (case, exact, exact_gradient) in enumerate(cases):
-        loss, gradient = value_and_gradient(
-            batch_similarity_loss,
-            *case.tensors(place.dtype),
-            backend=place.backend,
-            temperature=case.temperature,
-        )
+        with np.errstate(over="ignore"):  # of a series that is not taken where it overflows
+            loss, gradient = value_and_gradient(
+                batch_similarity_loss,
+                *case.tensors(place.dtype),
+                backend=place.backend,
+                temperature=case.temperature,
+            )
         assert math.isfinite(loss), index
         assert np.isfinite(gradient).all(), index
         assert abs(loss - exact) <= _similarity_bound(case, place.dtype), index
