@@ -1,9 +1,9 @@
 """DIST on a GPU: forward and backward passes as Triton kernels.
 
 For a row i, p = softmax(z_i / tau) and q likewise of the teacher; the mean of either is exactly
-1 / C. For a column c, u and v are p and q in units of a power of two that the column's largest is
-near (``eps=None``) or p and q themselves. With rho a correlation of the centred vectors, in either
-direction,
+1 / C. For a column c, u and v are p and q in units of a power of two in which nothing of the column
+underflows (``eps=None``) or p and q themselves. With rho a correlation of the centred vectors, in
+either direction,
 
     d rho / du = both (v - mean v) + own (u - mean u) + shared
 
@@ -14,6 +14,15 @@ with ``both``, ``own`` and ``shared`` one number per row or column, so that
        + gamma / C  u (both_c (v - mean v) + own_c (u - mean u) + shared_c).
 
 The teacher's gradient swaps the roles. Everything is float32, exponents are to base 2.
+
+Where two or three items or classes correlate, what is left of d rho / du are differences of nearly
+equal terms. They come out as well as PyTorch's because
+
+- means of columns are known to more than float32: what rounding leaves out goes into ``shared``;
+- every pass has the same digits of u and of exponentials: units are whole exponents, and rows are
+  centred before they are divided by their sum;
+- sum_c g is added up of the g that it is subtracted from, so that what all of them are off by, such
+  as the mean of a row, does not count.
 
 ======  ===================================  =============================  ====================
 plan    serves                               launches, forward + backward   bytes, both
@@ -27,19 +36,19 @@ large   any C                                4 + 1, or 4 + 2 per chunk of   4 N 
 ======  ===================================  =============================  ====================
 
 N = B C elements of s bytes. Up to 2,048 elements the small plan keeps them all in registers, above
-it reads them a second time. Without the intra-class term every plan reads rows once per pass, two
-launches less in forward.
+it reads them a second time. Without the intra-class term forward reads rows once, in the large plan
+with a launch less.
 
-The gradient reads its rows twice: for sum_c g, of which the inter-class part is known from the
-forward pass, then for dz. The second read comes from the L2 cache, of which half is counted on:
+The gradient reads its rows twice: for sum_c g, then for dz. The second read comes from the L2
+cache, of which half is counted on:
 
 - all of the batch fits, or the rows that one program per processor has in flight: one launch;
 - a chunk of 8 rows or more fits (on 40 MB all C up to 262k): for each chunk, one launch for sum_c g
-  and one for dz, with all processors at it. Each program then reads coefficients of its columns, 28
+  and one for dz, with all processors at it. Each program then reads coefficients of its columns, 36
   bytes each, once per 8 to 32 rows; one with few whole rows would read all, again and again;
 - the cache is too small for either (less than 32 MB): one launch, and 5 N s instead of 3 N s.
 
-Beside that, the medium plan moves 32 C bytes per program and the large one 32 C per split of the
+Beside that, the medium plan moves 40 C bytes per program and the large one 40 C per split of the
 rows, both twice; chunks 4 bytes per row and 512 classes, from the cache.
 
 Sums merge in an order fixed by shapes and device: same input, same bits. There are no atomics, and
@@ -76,14 +85,12 @@ _STAGES = tl.constexpr(3)
 
 _ROW_NUMBERS = 7
 """Per row: largest logit and sum of exponentials, of student and teacher; centred sums of pp, qq,
-pq."""
+pq in units of the largest probabilities."""
 
 _COLUMN_NUMBERS = 10
-"""Per column, as statistics: logarithm of the unit, mean, of student and teacher (0-3); centred
-sums of uu, vv, uv (4-6); number of items (7). As coefficients: 0-3 stay; both (4); own and shared
-of the student (5, 6) and of the teacher (7, 8); 1 / n in the first entry of 9."""
-
-_MOMENTS = 8
+"""Per column, as statistics: see ``_no_moments``. As coefficients: units and means (0-3) stay; both
+(4); own and shared of the student (5, 6) and of the teacher (7, 8); 1 / n in the first entry of
+9."""
 
 _SMALL_TILES = (
     Tile(16, 8, 1),
@@ -114,7 +121,7 @@ _STREAM_TILES = (
     Tile(2, 2048, 8),
 )
 _WIDE_STREAM_TILE = Tile(1, 4096, 8)
-"""Whole rows. Seven numbers per column stay in registers: at 4096 classes they take half of those
+"""Whole rows. Eight numbers per column stay in registers: at 4096 classes they take half of those
 of a processor, at 8192 they would leave none. Narrow loads of 4096 classes do not fit beside."""
 
 _MOMENT_TILES = (Tile(16, 128, 8), Tile(32, 64, 8))
@@ -133,8 +140,8 @@ _WIDE = 8
 """Classes in 16 bytes of half precision."""
 
 _MAX_REGISTERS = 255
-"""For the kernels that make column moments: left alone, ptxas spills a few bytes of some of their
-variants to fit one more program on a processor."""
+"""For the kernels that hold most: left alone, ptxas spills a few bytes of some of their variants to
+fit one more program on a processor."""
 
 _ROW_BLOCK = 4096
 _ROW_WARPS = 8
@@ -237,7 +244,7 @@ def _load(logits, row_stride, first, classes, kept, inside):
 
 @triton.jit
 def _finite(unit):
-    """A column at -inf in every row has no largest probability; any unit makes it zero."""
+    """A column at -inf in every row has no largest exponent; any unit makes it zero."""
     return tl.where(unit == -float("inf"), 0.0, unit)
 
 
@@ -247,101 +254,183 @@ def _scales(first_is_smaller, shrink):
 
 
 @triton.jit
-def _merge(
-    unit_s, unit_t, mean_s, mean_t, ss, tt, st, count,
-    other_unit_s, other_unit_t, other_mean_s, other_mean_t, other_ss, other_tt, other_st, others,
-):  # fmt: skip
-    """Merge centred column moments (Chan et al. 1979), each in units of its own largest."""
+def _no_moments(CLASSES: tl.constexpr, RELEASED: tl.constexpr):
+    """Column moments of nothing, in the order in which all of them are passed on and stored.
+
+    Of student and teacher: the logarithm of the unit; the mean; the rest, which is what rounding
+    has left out of the mean (in registers, a pair). Then centred sums of uu, vv and uv, and the
+    number of items.
+    """
+    unit = tl.full((CLASSES,), 0.0 if RELEASED else -float("inf"), tl.float32)
+    zeros = tl.zeros((CLASSES,), tl.float32)
+    count = tl.full((), 0.0, tl.float32)
+    return unit, unit, zeros, zeros, _pair(zeros, zeros), zeros, zeros, zeros, count
+
+
+@triton.jit
+def _pair(first, second):
+    """Two numbers, to bfloat16's precision, in one register."""
+    upper = first.to(tl.uint32, bitcast=True) & 0xFFFF0000
+    return upper | (second.to(tl.uint32, bitcast=True) >> 16)
+
+
+@triton.jit
+def _both_of(pair):
+    first = (pair & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return first, (pair << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _merge(some, others):
+    """Merge centred column moments (Chan et al. 1979), each in units of its own."""
+    unit_s, unit_t, mean_s, mean_t, rests, ss, tt, st, count = some
+    (
+        other_unit_s, other_unit_t, other_mean_s, other_mean_t, other_rests,
+        other_ss, other_tt, other_st, other_count,
+    ) = others  # fmt: skip
     top_s, top_t = tl.maximum(unit_s, other_unit_s), tl.maximum(unit_t, other_unit_t)
     # The larger unit stays, so one exponential does for both.
     shrink_s = tl.exp2(tl.minimum(unit_s, other_unit_s) - _finite(top_s))
     shrink_t = tl.exp2(tl.minimum(unit_t, other_unit_t) - _finite(top_t))
     to_s, from_s = _scales(unit_s < other_unit_s, shrink_s)
     to_t, from_t = _scales(unit_t < other_unit_t, shrink_t)
-    total = count + others
-    share = others / tl.maximum(total, 1.0)
+    total = count + other_count
+    share = other_count / tl.maximum(total, 1.0)
     spread = count * share
-    mean_s, mean_t = mean_s * to_s, mean_t * to_t
-    apart_s, apart_t = other_mean_s * from_s - mean_s, other_mean_t * from_t - mean_t
+    rest_s, rest_t = _both_of(rests)
+    other_rest_s, other_rest_t = _both_of(other_rests)
+    mean_s, rest_s, apart_s = _mean_of_both(
+        mean_s * to_s, rest_s * to_s, other_mean_s * from_s, other_rest_s * from_s, share
+    )
+    mean_t, rest_t, apart_t = _mean_of_both(
+        mean_t * to_t, rest_t * to_t, other_mean_t * from_t, other_rest_t * from_t, share
+    )
     ss = ss * (to_s * to_s) + other_ss * (from_s * from_s) + apart_s * apart_s * spread
     tt = tt * (to_t * to_t) + other_tt * (from_t * from_t) + apart_t * apart_t * spread
     st = st * (to_s * to_t) + other_st * (from_s * from_t) + apart_s * apart_t * spread
-    return top_s, top_t, mean_s + apart_s * share, mean_t + apart_t * share, ss, tt, st, total
+    return top_s, top_t, mean_s, mean_t, _pair(rest_s, rest_t), ss, tt, st, total
+
+
+@triton.jit
+def _mean_of_both(mean, rest, other_mean, other_rest, share):
+    """A merged mean, its rest, and the distance of the two means."""
+    apart, beside = other_mean - mean, other_rest - rest
+    step = apart * share
+    moved = mean + step
+    rest += beside * share + (mean - moved + step)
+    mean = moved + rest  # so that the rest stays less than the mean's last digit
+    return mean, moved - mean + rest, apart + beside
 
 
 @triton.jit
 def _softmax(logits, exponent_scale):
-    """Largest logit of each row, exponents to base 2, probabilities, and the sums in them."""
+    """Largest logit of each row, exponents to base 2, exponentials and their sums."""
     largest = tl.max(logits, axis=1)
     # Differences first: they are exact where it matters, whatever the size of the logits.
     exponents = (logits - largest[:, None]) * exponent_scale
     exponentials = tl.exp2(exponents)
-    total = tl.sum(exponentials, axis=1)
-    return largest, exponents, exponentials * (1.0 / total)[:, None], total
+    return largest, exponents, exponentials, tl.sum(exponentials, axis=1)
+
+
+@triton.jit
+def _from_mean(exponentials, total, uniform):
+    """Rows p - 1 / C of a tile in units of their largest, which every pass rounds alike."""
+    return exponentials - (total * uniform)[:, None]
+
+
+@triton.jit
+def _row_correlation(pp, qq, pq, total_s, total_t, uniform, eps, RELEASED: tl.constexpr):
+    """Rho, ``both`` for the gradients of p and of q, and ``own`` of each, of rows in such units."""
+    rho, both, own_s, _whole_s, own_t, _whole_t = _correlation(
+        pp, qq, pq, pp + total_s * total_s * uniform, qq + total_t * total_t * uniform,
+        eps * total_s * total_t, RELEASED,
+    )  # fmt: skip
+    return rho, both * total_s, both * total_t, own_s * total_s, own_t * total_t
 
 
 @triton.jit
 def _in_units(exponents, total, kept):
-    """A tile's columns u, zero in rows that do not count, and the logarithms of their units."""
+    """A tile's columns u, zero in rows that do not count, and the logarithms of their units.
+
+    No exponent is larger than a unit's, so that their difference is exact, whichever the unit: u
+    has the same digits in every tile and pass.
+    """
     exponents = tl.where(kept[:, None], exponents, -float("inf"))
-    unit = tl.ceil(tl.max(exponents - tl.log2(total)[:, None], axis=0))
-    # Not from the logarithms: one rounding of log2(total) would be the same in all of a row.
+    unit = tl.ceil(tl.max(exponents, axis=0))
     return tl.exp2(exponents - _finite(unit)[None, :]) * (1.0 / total)[:, None], unit
 
 
 @triton.jit
-def _columns(exponents, probabilities, total, kept, RELEASED: tl.constexpr):
+def _columns(exponents, exponentials, total, kept, RELEASED: tl.constexpr):
     """A tile's columns and their units, by either definition of correlation."""
     if RELEASED:
-        u = tl.where(kept[:, None], probabilities, 0.0)
-        unit = tl.zeros((probabilities.shape[1],), tl.float32)
+        u = tl.where(kept[:, None], exponentials * (1.0 / total)[:, None], 0.0)
+        unit = tl.zeros((exponentials.shape[1],), tl.float32)
     else:
         u, unit = _in_units(exponents, total, kept)
     return u, unit
 
 
 @triton.jit
-def _tile_moments(u, v, kept):
-    """Means and centred sums of the columns of a tile."""
-    items = tl.sum(kept.to(tl.float32), axis=0)
-    mean_u = tl.sum(u, axis=0) / tl.maximum(items, 1.0)
-    mean_v = tl.sum(v, axis=0) / tl.maximum(items, 1.0)
-    a = tl.where(kept[:, None], u - mean_u[None, :], 0.0)
-    b = tl.where(kept[:, None], v - mean_v[None, :], 0.0)
-    return (
-        mean_u, mean_v, tl.sum(a * a, axis=0), tl.sum(b * b, axis=0), tl.sum(a * b, axis=0), items,
-    )  # fmt: skip
+def _with_tile(moments, u, v, unit_u, unit_v, kept):
+    """Column moments of what came before and of a tile."""
+    if kept.shape[0] > 1:
+        moments = _merge(moments, _tile_moments(u, v, unit_u, unit_v, kept))
+    else:
+        mean_u, mean_v, none = tl.sum(u, axis=0), tl.sum(v, axis=0), tl.zeros_like(unit_u)
+        one = tl.full((), 1.0, tl.float32)
+        of_row = (unit_u, unit_v, mean_u, mean_v, _pair(none, none), none, none, none, one)
+        if tl.max(kept.to(tl.int32), axis=0) > 0:  # arithmetic instead would take more registers
+            moments = _merge(moments, of_row)
+    return moments
 
 
 @triton.jit
-def _row_sums(p, q, inside, uniform):
+def _tile_moments(u, v, unit_u, unit_v, kept):
+    """Moments of the columns of a tile."""
+    items = tl.sum(kept.to(tl.float32), axis=0)
+    divisor = tl.maximum(items, 1.0)
+    mean_u, mean_v = tl.sum(u, axis=0) / divisor, tl.sum(v, axis=0) / divisor
+    a = tl.where(kept[:, None], u - mean_u[None, :], 0.0)
+    b = tl.where(kept[:, None], v - mean_v[None, :], 0.0)
+    rest_u, rest_v = tl.sum(a, axis=0) / divisor, tl.sum(b, axis=0) / divisor
+    uu, vv, uv = tl.sum(a * a, axis=0), tl.sum(b * b, axis=0), tl.sum(a * b, axis=0)
+    return unit_u, unit_v, mean_u, mean_v, _pair(rest_u, rest_v), uu, vv, uv, items
+
+
+@triton.jit
+def _row_sums(a, b, inside):
     """Centred sums pp, qq and pq of the rows of a tile that holds whole rows."""
-    a = tl.where(inside[None, :], p - uniform, 0.0)
-    b = tl.where(inside[None, :], q - uniform, 0.0)
+    a, b = tl.where(inside[None, :], a, 0.0), tl.where(inside[None, :], b, 0.0)
     return tl.sum(a * a, axis=1), tl.sum(b * b, axis=1), tl.sum(a * b, axis=1)
 
 
 @triton.jit
 def _parts(exponents, share, unit, INTRA: tl.constexpr, RELEASED: tl.constexpr):
-    """Probabilities p of a tile, and u, in units of its columns; ``share`` is one over the sum."""
+    """Exponentials and probabilities p of a tile, and u, in units of its columns."""
     if INTRA and not RELEASED:
-        u = tl.exp2(exponents - unit[None, :]) * share[:, None]
-        p = u * tl.exp2(unit)[None, :]  # exact: units are powers of two
+        of_unit, scale = tl.exp2(exponents - unit[None, :]), tl.exp2(unit)[None, :]
+        u = of_unit * share[:, None]
+        exponentials, p = of_unit * scale, u * scale  # exact: units are powers of two
     else:
-        p = tl.exp2(exponents) * share[:, None]
+        exponentials = tl.exp2(exponents)
+        p = exponentials * share[:, None]
         u = p
-    return p, u
+    return exponentials, p, u
 
 
 @triton.jit
 def _slope(
-    p, q, u, v, uniform, row_both, row_own, mean_u, mean_v, both, own, shared,
+    p, a, b, u, v, row_both, row_own, mean_u, mean_v, both, own, shared,
     INTER: tl.constexpr, INTRA: tl.constexpr,
 ):  # fmt: skip
-    """The module's g, of the student; with the roles swapped, of the teacher."""
+    """The module's g, of the student; with the roles swapped, of the teacher.
+
+    The rows a and b are p and q less their mean, in the units of their coefficients.
+    """
     g = tl.zeros_like(p)
     if INTER:
-        g = p * (row_both[:, None] * (q - uniform) + row_own[:, None] * (p - uniform))
+        g = p * (row_both[:, None] * b + row_own[:, None] * a)
     if INTRA:
         along = own[None, :] * (u - mean_u[None, :]) + shared[None, :]
         g += u * (both[None, :] * (v - mean_v[None, :]) + along)
@@ -349,15 +438,19 @@ def _slope(
 
 
 @triton.jit
-def _store_moments(moments, stride, classes, inside, unit_s, unit_t, mean_s, mean_t, ss, tt, st, n):
-    tl.store(moments + classes, unit_s, mask=inside)
-    tl.store(moments + stride + classes, unit_t, mask=inside)
-    tl.store(moments + 2 * stride + classes, mean_s, mask=inside)
-    tl.store(moments + 3 * stride + classes, mean_t, mask=inside)
-    tl.store(moments + 4 * stride + classes, ss, mask=inside)
-    tl.store(moments + 5 * stride + classes, tt, mask=inside)
-    tl.store(moments + 6 * stride + classes, st, mask=inside)
-    tl.store(moments + 7 * stride + classes, n, mask=inside)
+def _store_moments(at, stride, inside, moments):
+    unit_s, unit_t, mean_s, mean_t, rests, ss, tt, st, count = moments
+    rest_s, rest_t = _both_of(rests)
+    tl.store(at, unit_s, mask=inside)
+    tl.store(at + stride, unit_t, mask=inside)
+    tl.store(at + 2 * stride, mean_s, mask=inside)
+    tl.store(at + 3 * stride, mean_t, mask=inside)
+    tl.store(at + 4 * stride, rest_s, mask=inside)
+    tl.store(at + 5 * stride, rest_t, mask=inside)
+    tl.store(at + 6 * stride, ss, mask=inside)
+    tl.store(at + 7 * stride, tt, mask=inside)
+    tl.store(at + 8 * stride, st, mask=inside)
+    tl.store(at + 9 * stride, count, mask=inside)
 
 
 # --- small: one launch ----------------------------------------------------------------------------
@@ -383,14 +476,18 @@ def _small(
     first = tl.program_id(0)
     z_s = _load(student, student_row_stride, first, classes, kept, inside)
     z_t = _load(teacher, teacher_row_stride, first, classes, kept, inside)
-    _, log_p, p, total_s = _softmax(z_s, exponent_scale)
-    _, log_q, q, total_t = _softmax(z_t, exponent_scale)
+    _, log_p, exp_p, total_s = _softmax(z_s, exponent_scale)
+    _, log_q, exp_q, total_t = _softmax(z_t, exponent_scale)
+    share_s, share_t = 1.0 / total_s, 1.0 / total_t
+    p, q = exp_p * share_s[:, None], exp_q * share_t[:, None]
+    a = _from_mean(exp_p, total_s, uniform) * share_s[:, None]
+    b = _from_mean(exp_q, total_t, uniform) * share_t[:, None]
 
     value = 0.0
     row_both = tl.zeros((ITEMS,), tl.float32)
     row_own_s, row_own_t = row_both, row_both
     if INTER:
-        pp, qq, pq = _row_sums(p, q, inside, uniform)
+        pp, qq, pq = _row_sums(a, b, inside)
         rho, row_both, row_own_s, _, row_own_t, _ = _correlation(
             pp, qq, pq, pp + uniform, qq + uniform, eps, RELEASED
         )
@@ -401,9 +498,11 @@ def _small(
     mean_t, both, own_s, own_t, shared_s, shared_t = mean_s, mean_s, mean_s, mean_s, mean_s, mean_s
     u, v = p, q
     if INTRA:
-        u, _ = _columns(log_p, p, total_s, kept, RELEASED)
-        v, _ = _columns(log_q, q, total_t, kept, RELEASED)
-        mean_s, mean_t, uu, vv, uv, n = _tile_moments(u, v, kept)
+        u, unit_s = _columns(log_p, exp_p, total_s, kept, RELEASED)
+        v, unit_t = _columns(log_q, exp_q, total_t, kept, RELEASED)
+        moments = _tile_moments(u, v, unit_s, unit_t, kept)
+        unit_s, unit_t, mean_s, mean_t, rests, uu, vv, uv, n = moments
+        rest_s, rest_t = _both_of(rests)
         rho, both, own_s, shared_s, own_t, shared_t = _correlation(
             uu, vv, uv, uu + n * mean_s * mean_s, vv + n * mean_t * mean_t, eps, RELEASED
         )
@@ -411,14 +510,15 @@ def _small(
         value += tl.where(n > 0.0, distance, 0.0) * intra / C
         weight = intra / C
         both, own_s, own_t = both * weight, own_s * weight, own_t * weight
-        shared_s, shared_t = shared_s * mean_s * weight, shared_t * mean_t * weight
+        shared_s = shared_s * mean_s * weight - both * rest_t - own_s * rest_s
+        shared_t = shared_t * mean_t * weight - both * rest_s - own_t * rest_t
     tl.store(loss, value)
 
     offsets = items[:, None] * C + classes[None, :]
     within = (items < B)[:, None] & inside[None, :]
     if STUDENT:
         g = _slope(
-            p, q, u, v, uniform, row_both, row_own_s, mean_s, mean_t, both, own_s, shared_s,
+            p, a, b, u, v, row_both, row_own_s, mean_s, mean_t, both, own_s, shared_s,
             INTER, INTRA,
         )  # fmt: skip
         dz = (p * tl.sum(g, axis=1)[:, None] - g) / temperature
@@ -426,7 +526,7 @@ def _small(
         gradients += B * C
     if TEACHER:
         g = _slope(
-            q, p, v, u, uniform, row_both, row_own_t, mean_t, mean_s, both, own_t, shared_t,
+            q, b, a, v, u, row_both, row_own_t, mean_t, mean_s, both, own_t, shared_t,
             INTER, INTRA,
         )  # fmt: skip
         dz = (q * tl.sum(g, axis=1)[:, None] - g) / temperature
@@ -451,12 +551,7 @@ def _in_turns(
     classes = tl.arange(0, CLASSES)
     inside = classes < C
     uniform = 1.0 / C
-    unit_s = tl.full((CLASSES,), 0.0 if RELEASED else -float("inf"), tl.float32)
-    unit_t = tl.full((CLASSES,), 0.0 if RELEASED else -float("inf"), tl.float32)
-    mean_s, mean_t = tl.zeros((CLASSES,), tl.float32), tl.zeros((CLASSES,), tl.float32)
-    ss, tt = tl.zeros((CLASSES,), tl.float32), tl.zeros((CLASSES,), tl.float32)
-    st = tl.zeros((CLASSES,), tl.float32)
-    seen = 0.0
+    moments = _no_moments(CLASSES, RELEASED)
     count = tl.zeros((ITEMS,), tl.float32)
     distances = tl.zeros((ITEMS,), tl.float32)
     for start in tl.range(0, B, ITEMS, num_stages=_STAGES):
@@ -464,30 +559,30 @@ def _in_turns(
         kept = _kept(mask, items, items < B)
         z_s = _load(student, student_row_stride, start, classes, kept, inside)
         z_t = _load(teacher, teacher_row_stride, start, classes, kept, inside)
-        _, log_p, p, total_s = _softmax(z_s, exponent_scale)
-        _, log_q, q, total_t = _softmax(z_t, exponent_scale)
+        _, log_p, exp_p, total_s = _softmax(z_s, exponent_scale)
+        _, log_q, exp_q, total_t = _softmax(z_t, exponent_scale)
         count += kept.to(tl.float32)
         if INTER:
-            pp, qq, pq = _row_sums(p, q, inside, uniform)
+            a = _from_mean(exp_p, total_s, uniform) * (1.0 / total_s)[:, None]
+            b = _from_mean(exp_q, total_t, uniform) * (1.0 / total_t)[:, None]
+            pp, qq, pq = _row_sums(a, b, inside)
             rho, _b, _os, _ws, _ot, _wt = _correlation(
                 pp, qq, pq, pp + uniform, qq + uniform, eps, RELEASED
             )
             distances += tl.where(kept, 1.0 - rho, 0.0)
         if INTRA:
-            u, tile_unit_s = _columns(log_p, p, total_s, kept, RELEASED)
-            v, tile_unit_t = _columns(log_q, q, total_t, kept, RELEASED)
-            tile_mean_s, tile_mean_t, tile_ss, tile_tt, tile_st, n = _tile_moments(u, v, kept)
-            unit_s, unit_t, mean_s, mean_t, ss, tt, st, seen = _merge(
-                unit_s, unit_t, mean_s, mean_t, ss, tt, st, seen,
-                tile_unit_s, tile_unit_t, tile_mean_s, tile_mean_t, tile_ss, tile_tt, tile_st, n,
-            )  # fmt: skip
+            u, unit_s = _columns(log_p, exp_p, total_s, kept, RELEASED)
+            v, unit_t = _columns(log_q, exp_q, total_t, kept, RELEASED)
+            moments = _with_tile(moments, u, v, unit_s, unit_t, kept)
     divisor = tl.maximum(tl.sum(count, axis=0), 1.0)
     value = 0.0
     if INTER:
         value += tl.sum(distances, axis=0) * inter / divisor
     both = tl.zeros((CLASSES,), tl.float32)
     own_s, own_t, shared_s, shared_t = both, both, both, both
+    unit_s, unit_t, mean_s, mean_t, rests, ss, tt, st, seen = moments
     if INTRA:
+        rest_s, rest_t = _both_of(rests)
         rho, both, own_s, shared_s, own_t, shared_t = _correlation(
             ss, tt, st, ss + seen * mean_s * mean_s, tt + seen * mean_t * mean_t, eps, RELEASED
         )
@@ -495,7 +590,8 @@ def _in_turns(
         value += tl.where(seen > 0.0, distance, 0.0) * intra / C
         weight = intra / C
         both, own_s, own_t = both * weight, own_s * weight, own_t * weight
-        shared_s, shared_t = shared_s * mean_s * weight, shared_t * mean_t * weight
+        shared_s = shared_s * mean_s * weight - both * rest_t - own_s * rest_s
+        shared_t = shared_t * mean_t * weight - both * rest_s - own_t * rest_t
         unit_s, unit_t = _finite(unit_s), _finite(unit_t)
     tl.store(loss, value)
 
@@ -507,12 +603,16 @@ def _in_turns(
             kept = _kept(mask, items, present)
             z_s = _load(student, student_row_stride, start, classes, kept, inside)
             z_t = _load(teacher, teacher_row_stride, start, classes, kept, inside)
-            _, log_p, p, total_s = _softmax(z_s, exponent_scale)
-            _, log_q, q, total_t = _softmax(z_t, exponent_scale)
+            _, log_p, exp_p, total_s = _softmax(z_s, exponent_scale)
+            _, log_q, exp_q, total_t = _softmax(z_t, exponent_scale)
+            share_s, share_t = 1.0 / total_s, 1.0 / total_t
+            p, q = exp_p * share_s[:, None], exp_q * share_t[:, None]
+            a = _from_mean(exp_p, total_s, uniform) * share_s[:, None]
+            b = _from_mean(exp_q, total_t, uniform) * share_t[:, None]
             row_both = tl.zeros((ITEMS,), tl.float32)
             row_own_s, row_own_t = row_both, row_both
             if INTER:
-                pp, qq, pq = _row_sums(p, q, inside, uniform)
+                pp, qq, pq = _row_sums(a, b, inside)
                 _, row_both, row_own_s, _ws, row_own_t, _wt = _correlation(
                     pp, qq, pq, pp + uniform, qq + uniform, eps, RELEASED
                 )
@@ -522,20 +622,20 @@ def _in_turns(
             if INTRA and not RELEASED:
                 log_p = tl.where(kept[:, None], log_p, -float("inf"))
                 log_q = tl.where(kept[:, None], log_q, -float("inf"))
-                u = tl.exp2(log_p - unit_s[None, :]) * (1.0 / total_s)[:, None]
-                v = tl.exp2(log_q - unit_t[None, :]) * (1.0 / total_t)[:, None]
+                u = tl.exp2(log_p - unit_s[None, :]) * share_s[:, None]
+                v = tl.exp2(log_q - unit_t[None, :]) * share_t[:, None]
             offsets = items[:, None] * C + classes[None, :]
             within = present[:, None] & inside[None, :]
             if STUDENT:
                 g = _slope(
-                    p, q, u, v, uniform, row_both, row_own_s, mean_s, mean_t, both, own_s, shared_s,
+                    p, a, b, u, v, row_both, row_own_s, mean_s, mean_t, both, own_s, shared_s,
                     INTER, INTRA,
                 )  # fmt: skip
                 dz = (p * tl.sum(g, axis=1)[:, None] - g) / temperature
                 tl.store(gradients + offsets, tl.where(kept[:, None], dz, 0.0), mask=within)
             if TEACHER:
                 g = _slope(
-                    q, p, v, u, uniform, row_both, row_own_t, mean_t, mean_s, both, own_t, shared_t,
+                    q, b, a, v, u, row_both, row_own_t, mean_t, mean_s, both, own_t, shared_t,
                     INTER, INTRA,
                 )  # fmt: skip
                 dz = (q * tl.sum(g, axis=1)[:, None] - g) / temperature
@@ -570,8 +670,8 @@ def _stream(
 ):  # fmt: skip
     """Row statistics, and column moments of the rows that this program reads.
 
-    Tiles (ITEMS, CLASSES) hold whole rows; seven float32 numbers per column stay in registers from
-    one tile to the next. ``rows`` is (7, B), ``partials`` (programs, 8, C).
+    Tiles (ITEMS, CLASSES) hold whole rows; eight numbers per column stay in registers from one
+    tile to the next. ``rows`` is (7, B), ``partials`` (programs, 10, C).
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     C, student_row_stride, teacher_row_stride = _sizes(
@@ -580,12 +680,7 @@ def _stream(
     classes = tl.arange(0, CLASSES)
     inside = classes < C
     uniform = 1.0 / C
-    unit_s = tl.full((CLASSES,), 0.0 if RELEASED else -float("inf"), tl.float32)
-    unit_t = tl.full((CLASSES,), 0.0 if RELEASED else -float("inf"), tl.float32)
-    mean_s, mean_t = tl.zeros((CLASSES,), tl.float32), tl.zeros((CLASSES,), tl.float32)
-    ss, tt = tl.zeros((CLASSES,), tl.float32), tl.zeros((CLASSES,), tl.float32)
-    st = tl.zeros((CLASSES,), tl.float32)
-    count = 0.0
+    moments = _no_moments(CLASSES, RELEASED)
     stride = rows_stride.to(tl.int64)
     for block in tl.range(program, tl.cdiv(B, ITEMS), programs, num_stages=_STAGES):
         first = block * ITEMS
@@ -594,31 +689,26 @@ def _stream(
         kept = _kept(mask, items, present)
         z_s = _load(student, student_row_stride, first, classes, kept, inside)
         z_t = _load(teacher, teacher_row_stride, first, classes, kept, inside)
-        largest_s, log_p, p, total_s = _softmax(z_s, exponent_scale)
-        largest_t, log_q, q, total_t = _softmax(z_t, exponent_scale)
+        largest_s, log_p, exp_p, total_s = _softmax(z_s, exponent_scale)
+        largest_t, log_q, exp_q, total_t = _softmax(z_t, exponent_scale)
         at = rows + items
         tl.store(at, largest_s, mask=present)
         tl.store(at + stride, total_s, mask=present)
         tl.store(at + 2 * stride, largest_t, mask=present)
         tl.store(at + 3 * stride, total_t, mask=present)
         if INTER:
-            pp, qq, pq = _row_sums(p, q, inside, uniform)
+            a = _from_mean(exp_p, total_s, uniform)
+            b = _from_mean(exp_q, total_t, uniform)
+            pp, qq, pq = _row_sums(a, b, inside)
             tl.store(at + 4 * stride, pp, mask=present)
             tl.store(at + 5 * stride, qq, mask=present)
             tl.store(at + 6 * stride, pq, mask=present)
         if INTRA:
-            u, tile_unit_s = _columns(log_p, p, total_s, kept, RELEASED)
-            v, tile_unit_t = _columns(log_q, q, total_t, kept, RELEASED)
-            tile_mean_s, tile_mean_t, tile_ss, tile_tt, tile_st, n = _tile_moments(u, v, kept)
-            unit_s, unit_t, mean_s, mean_t, ss, tt, st, count = _merge(
-                unit_s, unit_t, mean_s, mean_t, ss, tt, st, count,
-                tile_unit_s, tile_unit_t, tile_mean_s, tile_mean_t, tile_ss, tile_tt, tile_st, n,
-            )  # fmt: skip
+            u, unit_s = _columns(log_p, exp_p, total_s, kept, RELEASED)
+            v, unit_t = _columns(log_q, exp_q, total_t, kept, RELEASED)
+            moments = _with_tile(moments, u, v, unit_s, unit_t, kept)
     if INTRA:
-        partials += program.to(tl.int64) * 8 * C
-        _store_moments(
-            partials, C, classes, inside, unit_s, unit_t, mean_s, mean_t, ss, tt, st, count
-        )
+        _store_moments(partials + program.to(tl.int64) * 10 * C + classes, C, inside, moments)
 
 
 # --- large: rows, then columns --------------------------------------------------------------------
@@ -683,9 +773,9 @@ def _row_statistics(
     tl.store(rows + 2 * stride, largest_t)
     tl.store(rows + 3 * stride, total_t)
     if INTER:
-        tl.store(rows + 4 * stride, ss / (total_s * total_s))
-        tl.store(rows + 5 * stride, tt / (total_t * total_t))
-        tl.store(rows + 6 * stride, st / (total_s * total_t))
+        tl.store(rows + 4 * stride, ss)
+        tl.store(rows + 5 * stride, tt)
+        tl.store(rows + 6 * stride, st)
 
 
 @_kernel
@@ -696,7 +786,7 @@ def _column_moments(
 ):  # fmt: skip
     """Moments of CLASSES columns over every n-th tile of ITEMS rows; the grid is (C, splits).
 
-    Neighbouring programs read neighbouring classes of the same rows. ``partials``: (splits, 8, C).
+    Neighbouring programs read neighbouring classes of the same rows. ``partials``: (splits, 10, C).
     """
     C, student_row_stride, teacher_row_stride = _sizes(
         C, student_row_stride, teacher_row_stride, WIDE
@@ -704,12 +794,7 @@ def _column_moments(
     split, splits = tl.program_id(1), tl.num_programs(1)
     classes = tl.program_id(0) * CLASSES + tl.arange(0, CLASSES)
     inside = classes < C
-    unit_s = tl.full((CLASSES,), 0.0 if RELEASED else -float("inf"), tl.float32)
-    unit_t = tl.full((CLASSES,), 0.0 if RELEASED else -float("inf"), tl.float32)
-    mean_s, mean_t = tl.zeros((CLASSES,), tl.float32), tl.zeros((CLASSES,), tl.float32)
-    ss, tt = tl.zeros((CLASSES,), tl.float32), tl.zeros((CLASSES,), tl.float32)
-    st = tl.zeros((CLASSES,), tl.float32)
-    count = 0.0
+    moments = _no_moments(CLASSES, RELEASED)
     stride = rows_stride.to(tl.int64)
     for block in tl.range(split, tl.cdiv(B, ITEMS), splits, num_stages=_STAGES):
         first = block * ITEMS
@@ -723,33 +808,23 @@ def _column_moments(
         total_t = tl.load(rows + 3 * stride + items, mask=kept, other=1.0)
         log_p = (z_s - largest_s[:, None]) * exponent_scale
         log_q = (z_t - largest_t[:, None]) * exponent_scale
-        p = tl.exp2(log_p) * (1.0 / total_s)[:, None]  # without eps nobody needs p and q
-        q = tl.exp2(log_q) * (1.0 / total_t)[:, None]
-        u, tile_unit_s = _columns(log_p, p, total_s, kept, RELEASED)
-        v, tile_unit_t = _columns(log_q, q, total_t, kept, RELEASED)
-        tile_mean_s, tile_mean_t, tile_ss, tile_tt, tile_st, n = _tile_moments(u, v, kept)
-        unit_s, unit_t, mean_s, mean_t, ss, tt, st, count = _merge(
-            unit_s, unit_t, mean_s, mean_t, ss, tt, st, count,
-            tile_unit_s, tile_unit_t, tile_mean_s, tile_mean_t, tile_ss, tile_tt, tile_st, n,
-        )  # fmt: skip
-    partials += split.to(tl.int64) * 8 * C
-    _store_moments(partials, C, classes, inside, unit_s, unit_t, mean_s, mean_t, ss, tt, st, count)
+        u, unit_s = _columns(log_p, tl.exp2(log_p), total_s, kept, RELEASED)
+        v, unit_t = _columns(log_q, tl.exp2(log_q), total_t, kept, RELEASED)
+        moments = _with_tile(moments, u, v, unit_s, unit_t, kept)
+    _store_moments(partials + split.to(tl.int64) * 10 * C + classes, C, inside, moments)
 
 
 # --- both: merging, loss, gradient ----------------------------------------------------------------
 
 
 @triton.jit
-def _collect(
-    partials, P, C, classes, inside, unit_s, unit_t, mean_s, mean_t, ss, tt, st, count,
-    PARTS: tl.constexpr,
-):  # fmt: skip
-    """Merge P partial moments, (P, 8, C), into those given: PARTS at a time, in their order."""
+def _collect(partials, P, C, classes, inside, moments, PARTS: tl.constexpr):
+    """Merge P partial moments, (P, 10, C), into those given: PARTS at a time, in their order."""
     for start in tl.range(0, P, PARTS):
         parts = start + tl.arange(0, PARTS)
         here = (parts < P)[:, None] & inside[None, :]
-        at = partials + parts.to(tl.int64)[:, None] * 8 * C + classes[None, :]
-        n = tl.load(at + 7 * C, mask=here, other=0.0)
+        at = partials + parts.to(tl.int64)[:, None] * 10 * C + classes[None, :]
+        n = tl.load(at + 9 * C, mask=here, other=0.0)
         # What saw no item has no unit either.
         own_s = tl.where(n > 0.0, tl.load(at, mask=here, other=0.0), -float("inf"))
         own_t = tl.where(n > 0.0, tl.load(at + C, mask=here, other=0.0), -float("inf"))
@@ -757,20 +832,26 @@ def _collect(
         to_s = tl.exp2(own_s - _finite(top_s)[None, :])
         to_t = tl.exp2(own_t - _finite(top_t)[None, :])
         others = tl.sum(n, axis=0)
-        means_s = tl.load(at + 2 * C, mask=here, other=0.0) * to_s
-        means_t = tl.load(at + 3 * C, mask=here, other=0.0) * to_t
-        other_s = tl.sum(n * means_s, axis=0) / tl.maximum(others, 1.0)
-        other_t = tl.sum(n * means_t, axis=0) / tl.maximum(others, 1.0)
-        a, b = means_s - other_s[None, :], means_t - other_t[None, :]
-        other_ss = tl.load(at + 4 * C, mask=here, other=0.0) * to_s * to_s + n * a * a
-        other_tt = tl.load(at + 5 * C, mask=here, other=0.0) * to_t * to_t + n * b * b
-        other_st = tl.load(at + 6 * C, mask=here, other=0.0) * to_s * to_t + n * a * b
-        unit_s, unit_t, mean_s, mean_t, ss, tt, st, count = _merge(
-            unit_s, unit_t, mean_s, mean_t, ss, tt, st, count,
-            top_s, top_t, other_s, other_t,
-            tl.sum(other_ss, axis=0), tl.sum(other_tt, axis=0), tl.sum(other_st, axis=0), others,
-        )  # fmt: skip
-    return unit_s, unit_t, mean_s, mean_t, ss, tt, st, count
+        mean_s, rest_s, a = _mean_of_all(at + 2 * C, C, here, n, others, to_s)
+        mean_t, rest_t, b = _mean_of_all(at + 3 * C, C, here, n, others, to_t)
+        ss = tl.load(at + 6 * C, mask=here, other=0.0) * to_s * to_s + n * a * a
+        tt = tl.load(at + 7 * C, mask=here, other=0.0) * to_t * to_t + n * b * b
+        st = tl.load(at + 8 * C, mask=here, other=0.0) * to_s * to_t + n * a * b
+        ss, tt, st = tl.sum(ss, axis=0), tl.sum(tt, axis=0), tl.sum(st, axis=0)
+        found = (top_s, top_t, mean_s, mean_t, _pair(rest_s, rest_t), ss, tt, st, others)
+        moments = _merge(moments, found)
+    return moments
+
+
+@triton.jit
+def _mean_of_all(at, C, here, counts, count, scales):
+    """The mean of parts, what its rounding leaves out, and the distances of theirs from it."""
+    means = tl.load(at, mask=here, other=0.0) * scales
+    rests = tl.load(at + 2 * C, mask=here, other=0.0) * scales
+    divisor = tl.maximum(count, 1.0)
+    mean = tl.sum(counts * means, axis=0) / divisor
+    apart = means - mean[None, :] + rests
+    return mean, tl.sum(counts * apart, axis=0) / divisor, apart
 
 
 @_kernel
@@ -778,19 +859,21 @@ def _observe(partials, columns, P, C, PARTS: tl.constexpr, CLASSES: tl.constexpr
     """Merge partial moments into the statistics of a batch that comes in chunks."""
     classes = tl.program_id(0) * CLASSES + tl.arange(0, CLASSES)
     inside = classes < C
-    count = tl.load(columns + 7 * C + classes, mask=inside, other=0.0)
-    unit_s = tl.where(count > 0.0, tl.load(columns + classes, mask=inside), -float("inf"))
-    unit_t = tl.where(count > 0.0, tl.load(columns + C + classes, mask=inside), -float("inf"))
-    mean_s = tl.load(columns + 2 * C + classes, mask=inside, other=0.0)
-    mean_t = tl.load(columns + 3 * C + classes, mask=inside, other=0.0)
-    ss = tl.load(columns + 4 * C + classes, mask=inside, other=0.0)
-    tt = tl.load(columns + 5 * C + classes, mask=inside, other=0.0)
-    st = tl.load(columns + 6 * C + classes, mask=inside, other=0.0)
-    unit_s, unit_t, mean_s, mean_t, ss, tt, st, count = _collect(
-        partials, P, C, classes, inside, unit_s, unit_t, mean_s, mean_t, ss, tt, st, count, PARTS
-    )
+    at = columns + classes
+    count = tl.load(at + 9 * C, mask=inside, other=0.0)
+    unit_s = tl.where(count > 0.0, tl.load(at, mask=inside), -float("inf"))
+    unit_t = tl.where(count > 0.0, tl.load(at + C, mask=inside), -float("inf"))
+    mean_s = tl.load(at + 2 * C, mask=inside, other=0.0)
+    mean_t = tl.load(at + 3 * C, mask=inside, other=0.0)
+    rest_s = tl.load(at + 4 * C, mask=inside, other=0.0)
+    rest_t = tl.load(at + 5 * C, mask=inside, other=0.0)
+    ss = tl.load(at + 6 * C, mask=inside, other=0.0)
+    tt = tl.load(at + 7 * C, mask=inside, other=0.0)
+    st = tl.load(at + 8 * C, mask=inside, other=0.0)
+    moments = (unit_s, unit_t, mean_s, mean_t, _pair(rest_s, rest_t), ss, tt, st, count)
+    moments = _collect(partials, P, C, classes, inside, moments, PARTS)
     tl.debug_barrier()  # every warp has read what one of them overwrites
-    _store_moments(columns, C, classes, inside, unit_s, unit_t, mean_s, mean_t, ss, tt, st, count)
+    _store_moments(at, C, inside, moments)
 
 
 @triton.jit
@@ -802,36 +885,42 @@ def _conclude_columns(
     inside = classes < C
     zeros = tl.zeros((CLASSES,), tl.float32)
     none = tl.full((CLASSES,), -float("inf"), tl.float32)
-    unit_s, unit_t, mean_s, mean_t, ss, tt, st, count = _collect(
-        partials, P, C, classes, inside,
-        none, none, zeros, zeros, zeros, zeros, zeros, zeros, PARTS,
-    )  # fmt: skip
+    moments = (none, none, zeros, zeros, _pair(zeros, zeros), zeros, zeros, zeros, zeros)
+    moments = _collect(partials, P, C, classes, inside, moments, PARTS)
+    unit_s, unit_t, mean_s, mean_t, rests, ss, tt, st, count = moments
+    rest_s, rest_t = _both_of(rests)
     whole_s, whole_t = ss + count * mean_s * mean_s, tt + count * mean_t * mean_t
     rho, both, own_s, shared_s, own_t, shared_t = _correlation(
         ss, tt, st, whole_s, whole_t, eps, RELEASED
     )
+    both, own_s, own_t = both * slope, own_s * slope, own_t * slope
+    shared_s = shared_s * mean_s * slope - both * rest_t - own_s * rest_s
+    shared_t = shared_t * mean_t * slope - both * rest_s - own_t * rest_t
     tl.debug_barrier()  # every warp has read what one of them overwrites
     tl.store(columns + classes, _finite(unit_s), mask=inside)
     tl.store(columns + C + classes, _finite(unit_t), mask=inside)
     tl.store(columns + 2 * C + classes, mean_s, mask=inside)
     tl.store(columns + 3 * C + classes, mean_t, mask=inside)
-    tl.store(columns + 4 * C + classes, both * slope, mask=inside)
-    tl.store(columns + 5 * C + classes, own_s * slope, mask=inside)
-    tl.store(columns + 6 * C + classes, shared_s * mean_s * slope, mask=inside)
-    tl.store(columns + 7 * C + classes, own_t * slope, mask=inside)
-    tl.store(columns + 8 * C + classes, shared_t * mean_t * slope, mask=inside)
+    tl.store(columns + 4 * C + classes, both, mask=inside)
+    tl.store(columns + 5 * C + classes, own_s, mask=inside)
+    tl.store(columns + 6 * C + classes, shared_s, mask=inside)
+    tl.store(columns + 7 * C + classes, own_t, mask=inside)
+    tl.store(columns + 8 * C + classes, shared_t, mask=inside)
     return tl.sum(tl.where(inside, 1.0 - rho, 0.0), axis=0)
 
 
 @triton.jit
 def _row_distance(rows, rows_stride, items, kept, C, eps, RELEASED: tl.constexpr):
     """Sum of 1 - rho of the rows that count."""
-    at = rows + 4 * rows_stride.to(tl.int64) + items
-    uniform = 1.0 / C
-    pp = tl.load(at, mask=kept, other=0.0)
-    qq = tl.load(at + rows_stride, mask=kept, other=0.0)
-    pq = tl.load(at + 2 * rows_stride.to(tl.int64), mask=kept, other=0.0)
-    rho, _, _, _, _, _ = _correlation(pp, qq, pq, pp + uniform, qq + uniform, eps, RELEASED)
+    at, stride = rows + items, rows_stride.to(tl.int64)
+    total_s = tl.load(at + stride, mask=kept, other=1.0)
+    total_t = tl.load(at + 3 * stride, mask=kept, other=1.0)
+    pp = tl.load(at + 4 * stride, mask=kept, other=0.0)
+    qq = tl.load(at + 5 * stride, mask=kept, other=0.0)
+    pq = tl.load(at + 6 * stride, mask=kept, other=0.0)
+    rho, _both_s, _both_t, _own_s, _own_t = _row_correlation(
+        pp, qq, pq, total_s, total_t, 1.0 / C, eps, RELEASED
+    )
     return tl.sum(tl.where(kept, 1.0 - rho, 0.0), axis=0)
 
 
@@ -897,36 +986,32 @@ def _row_coefficients(
     rows, stride, items, kept, count_share, uniform, inter, eps,
     INTER: tl.constexpr, RELEASED: tl.constexpr,
 ):  # fmt: skip
-    """What the gradient needs of each row, the inter-class part of sum_c g included.
-
-    That part follows from the centred sums: sum_c p (q - 1/C) is pq, for the centred sum to zero.
-    """
+    """What the gradient needs of each row, in the order in which it is passed on."""
     at = rows + items
     # Rows that do not count: an infinite largest logit makes p and u zero.
     largest_s = tl.load(at, mask=kept, other=float("inf"))
-    share_s = 1.0 / tl.load(at + stride, mask=kept, other=1.0)
+    total_s = tl.load(at + stride, mask=kept, other=1.0)
     largest_t = tl.load(at + 2 * stride, mask=kept, other=float("inf"))
-    share_t = 1.0 / tl.load(at + 3 * stride, mask=kept, other=1.0)
-    both = tl.zeros_like(share_s)
-    own_s, own_t, sum_s, sum_t = both, both, both, both
+    total_t = tl.load(at + 3 * stride, mask=kept, other=1.0)
+    both_s = tl.zeros_like(total_s)
+    both_t, own_s, own_t = both_s, both_s, both_s
     if INTER:
         weight = inter * tl.load(count_share)
         pp = tl.load(at + 4 * stride, mask=kept, other=0.0)
         qq = tl.load(at + 5 * stride, mask=kept, other=0.0)
         pq = tl.load(at + 6 * stride, mask=kept, other=0.0)
-        _, both, own_s, _unused_s, own_t, _unused_t = _correlation(
-            pp, qq, pq, pp + uniform, qq + uniform, eps, RELEASED
+        _rho, both_s, both_t, own_s, own_t = _row_correlation(
+            pp, qq, pq, total_s, total_t, uniform, eps, RELEASED
         )
-        both, own_s, own_t = both * weight, own_s * weight, own_t * weight
-        sum_s, sum_t = both * pq + own_s * pp, both * pq + own_t * qq
-    return largest_s, share_s, largest_t, share_t, both, own_s, own_t, sum_s, sum_t
+        both_s, both_t = both_s * weight, both_t * weight
+        own_s, own_t = own_s * weight, own_t * weight
+    return largest_s, total_s, largest_t, total_t, both_s, both_t, own_s, own_t
 
 
 @triton.jit
 def _tile_slopes(
     student, teacher, student_row_stride, teacher_row_stride, item, classes, kept, C, columns,
-    exponent_scale, uniform, largest_s, largest_t, share_s, share_t,
-    row_both, row_own_s, row_own_t,
+    exponent_scale, uniform, of_rows,
     INTER: tl.constexpr, INTRA: tl.constexpr, RELEASED: tl.constexpr,
 ):  # fmt: skip
     """Probabilities p, q and g of student and teacher over a tile of classes, from ``item`` on."""
@@ -944,31 +1029,33 @@ def _tile_slopes(
         shared_s = tl.load(columns + 6 * C + classes, mask=inside, other=0.0)
         own_t = tl.load(columns + 7 * C + classes, mask=inside, other=0.0)
         shared_t = tl.load(columns + 8 * C + classes, mask=inside, other=0.0)
+    largest_s, total_s, largest_t, total_t, row_both_s, row_both_t, row_own_s, row_own_t = of_rows
+    share_s, share_t = 1.0 / total_s, 1.0 / total_t
     z_s = _load(student, student_row_stride, item, classes, kept, inside)
     z_t = _load(teacher, teacher_row_stride, item, classes, kept, inside)
     log_p = (z_s - largest_s[:, None]) * exponent_scale
     log_q = (z_t - largest_t[:, None]) * exponent_scale
-    p, u = _parts(log_p, share_s, unit_s, INTRA, RELEASED)
-    q, v = _parts(log_q, share_t, unit_t, INTRA, RELEASED)
+    exp_p, p, u = _parts(log_p, share_s, unit_s, INTRA, RELEASED)
+    exp_q, q, v = _parts(log_q, share_t, unit_t, INTRA, RELEASED)
+    a = _from_mean(exp_p, total_s, uniform)
+    b = _from_mean(exp_q, total_t, uniform)
     g_s = _slope(
-        p, q, u, v, uniform, row_both, row_own_s, mean_s, mean_t, both, own_s, shared_s,
-        INTER, INTRA,
-    )  # fmt: skip
+        p, a, b, u, v, row_both_s, row_own_s, mean_s, mean_t, both, own_s, shared_s, INTER, INTRA
+    )
     g_t = _slope(
-        q, p, v, u, uniform, row_both, row_own_t, mean_t, mean_s, both, own_t, shared_t,
-        INTER, INTRA,
-    )  # fmt: skip
+        q, b, a, v, u, row_both_t, row_own_t, mean_t, mean_s, both, own_t, shared_t, INTER, INTRA
+    )
     return p, q, g_s, g_t
 
 
 @_kernel
 def _sums(
     student, teacher, mask, rows, columns, student_sums, teacher_sums, first, B, C,
-    rows_stride, student_row_stride, teacher_row_stride, exponent_scale,
-    RELEASED: tl.constexpr, ITEMS: tl.constexpr, CLASSES: tl.constexpr, SPAN: tl.constexpr,
-    WIDE: tl.constexpr,
+    rows_stride, student_row_stride, teacher_row_stride, exponent_scale, inter, eps,
+    INTER: tl.constexpr, INTRA: tl.constexpr, RELEASED: tl.constexpr,
+    ITEMS: tl.constexpr, CLASSES: tl.constexpr, SPAN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The intra-class part of sum_c g of rows ``first`` to B, over a segment of the classes each.
+    """The sum_c g of rows ``first`` to B, over a segment of the classes each.
 
     A segment is SPAN classes in tiles of (ITEMS, CLASSES); the grid is (rows, segments). What is
     stored, (segments, B - first), is for the student's gradient, the teacher's or both.
@@ -981,27 +1068,41 @@ def _sums(
     items = item + tl.arange(0, ITEMS)
     present = items < B
     kept = _kept(mask, items, present)
-    zeros = tl.zeros((ITEMS,), tl.float32)
-    largest_s, share_s, largest_t, share_t, _b, _os, _ot, _ss, _st = _row_coefficients(
-        rows, rows_stride.to(tl.int64), items, kept, columns, uniform, 0.0, 0.0, 0, RELEASED
-    )
-    sums_s = tl.zeros((ITEMS, CLASSES), tl.float32)
-    sums_t = tl.zeros((ITEMS, CLASSES), tl.float32)
+    of_rows = _row_coefficients(
+        rows, rows_stride.to(tl.int64), items, kept, columns + 9 * C, uniform, inter, eps,
+        INTER, RELEASED,
+    )  # fmt: skip
     left = tl.program_id(1) * SPAN
-    for start in tl.range(left, tl.minimum(left + SPAN, C), CLASSES, num_stages=_STAGES):
+    sum_s, sum_t = _sums_of_slopes(
+        student, teacher, student_row_stride, teacher_row_stride, item, kept, C, columns,
+        exponent_scale, uniform, of_rows, left, tl.minimum(left + SPAN, C),
+        INTER, INTRA, RELEASED, CLASSES,
+    )  # fmt: skip
+    at = tl.program_id(1) * (B - first) + items - first
+    if student_sums is not None:
+        tl.store(student_sums + at, sum_s, mask=present)
+    if teacher_sums is not None:
+        tl.store(teacher_sums + at, sum_t, mask=present)
+
+
+@triton.jit
+def _sums_of_slopes(
+    student, teacher, student_row_stride, teacher_row_stride, item, kept, C, columns,
+    exponent_scale, uniform, of_rows, left, right,
+    INTER: tl.constexpr, INTRA: tl.constexpr, RELEASED: tl.constexpr, CLASSES: tl.constexpr,
+):  # fmt: skip
+    """The sum of g of student and teacher over the classes from ``left`` to ``right``."""
+    sums_s = tl.zeros((kept.shape[0], CLASSES), tl.float32)
+    sums_t = tl.zeros((kept.shape[0], CLASSES), tl.float32)
+    for start in tl.range(left, right, CLASSES, num_stages=_STAGES):
         classes = start + tl.arange(0, CLASSES)
         _p, _q, g_s, g_t = _tile_slopes(
             student, teacher, student_row_stride, teacher_row_stride, item, classes, kept, C,
-            columns, exponent_scale, uniform, largest_s, largest_t, share_s, share_t,
-            zeros, zeros, zeros, 0, 1, RELEASED,
+            columns, exponent_scale, uniform, of_rows, INTER, INTRA, RELEASED,
         )  # fmt: skip
         sums_s += g_s
         sums_t += g_t
-    at = tl.program_id(1) * (B - first) + items - first
-    if student_sums is not None:
-        tl.store(student_sums + at, tl.sum(sums_s, axis=1), mask=present)
-    if teacher_sums is not None:
-        tl.store(teacher_sums + at, tl.sum(sums_t, axis=1), mask=present)
+    return tl.sum(sums_s, axis=1), tl.sum(sums_t, axis=1)
 
 
 @triton.jit
@@ -1045,41 +1146,29 @@ def _gradient(
         items = item + tl.arange(0, ITEMS)
         present = items < B
         kept = _kept(mask, items, present)
-        largest_s, share_s, largest_t, share_t, both, own_s, own_t, sum_s, sum_t = (
-            _row_coefficients(
-                rows, stride, items, kept, columns + 9 * C, uniform, inter, eps, INTER, RELEASED
-            )
+        of_rows = _row_coefficients(
+            rows, stride, items, kept, columns + 9 * C, uniform, inter, eps, INTER, RELEASED
         )
         if SPAN:
+            sum_s, sum_t = tl.zeros((ITEMS,), tl.float32), tl.zeros((ITEMS,), tl.float32)
             if student_gradient is not None:
-                sum_s += _add_up(
+                sum_s = _add_up(
                     student_sums, segments, B - first, items - first, present, ITEMS, PARTS
                 )
             if teacher_gradient is not None:
-                sum_t += _add_up(
+                sum_t = _add_up(
                     teacher_sums, segments, B - first, items - first, present, ITEMS, PARTS
                 )
-        elif INTRA:
-            zeros = tl.zeros((ITEMS,), tl.float32)
-            sums_s = tl.zeros((ITEMS, CLASSES), tl.float32)
-            sums_t = tl.zeros((ITEMS, CLASSES), tl.float32)
-            for start in tl.range(0, C, CLASSES, num_stages=_STAGES):
-                classes = start + tl.arange(0, CLASSES)
-                _p, _q, g_s, g_t = _tile_slopes(
-                    student, teacher, student_row_stride, teacher_row_stride, item, classes, kept,
-                    C, columns, exponent_scale, uniform, largest_s, largest_t, share_s, share_t,
-                    zeros, zeros, zeros, 0, INTRA, RELEASED,
-                )  # fmt: skip
-                sums_s += g_s
-                sums_t += g_t
-            sum_s += tl.sum(sums_s, axis=1)
-            sum_t += tl.sum(sums_t, axis=1)
+        else:
+            sum_s, sum_t = _sums_of_slopes(
+                student, teacher, student_row_stride, teacher_row_stride, item, kept, C, columns,
+                exponent_scale, uniform, of_rows, 0, C, INTER, INTRA, RELEASED, CLASSES,
+            )  # fmt: skip
         for start in tl.range(left, right, CLASSES, num_stages=_STAGES):
             classes = start + tl.arange(0, CLASSES)
             p, q, g_s, g_t = _tile_slopes(
                 student, teacher, student_row_stride, teacher_row_stride, item, classes, kept, C,
-                columns, exponent_scale, uniform, largest_s, largest_t, share_s, share_t,
-                both, own_s, own_t, INTER, INTRA, RELEASED,
+                columns, exponent_scale, uniform, of_rows, INTER, INTRA, RELEASED,
             )  # fmt: skip
             offsets = tl.arange(0, ITEMS)[:, None] * C + classes[None, :]
             before = item.to(tl.int64) * C
@@ -1255,7 +1344,7 @@ def gradient(
         with device_of(student):
             batch = _Batch(student, teacher, mask)
             plan = fastest(
-                _gradient_plans(batch, weights),
+                _gradient_plans(batch),
                 ("gradient", *batch.kind, weights.flags, student_needs_grad, teacher_needs_grad),
                 lambda plan: _run_gradient(
                     plan, grad_output, batch, rows, columns, weights, gradients
@@ -1449,7 +1538,7 @@ def _forward_large(batch: _Batch, weights: _Weights) -> tuple[Tensor, Tensor, Te
 
 
 def _observe_chosen(batch: _Batch, rows: Tensor, weights: _Weights) -> Tensor:
-    """Fill in the statistics of rows; return partial moments of columns (parts, 8, C)."""
+    """Fill in the statistics of rows; return partial moments of columns (parts, 10, C)."""
     plan = fastest(
         _observations(batch, weights),
         ("observation", *batch.kind, weights.flags),
@@ -1471,7 +1560,8 @@ def _observations(batch: _Batch, weights: _Weights) -> list[_Observation]:
     if batch.wide == 1 or batch.classes > _WIDE_STREAM_TILE.classes:
         return twice
     once = [_Observation(True, _WIDE_STREAM_TILE)]
-    moment_bytes = 2 * 4 * _MOMENTS * batch.classes * _stream_programs(batch, _WIDE_STREAM_TILE)
+    programs = _stream_programs(batch, _WIDE_STREAM_TILE)
+    moment_bytes = 2 * 4 * _COLUMN_NUMBERS * batch.classes * programs
     if batch.items * batch.pair_bytes > moment_bytes or not weights.intra_on:
         return once + twice
     return twice + once
@@ -1553,14 +1643,14 @@ def _observe_twice(tile: Tile, batch: _Batch, rows: Tensor, weights: _Weights) -
 
 def _new_partials(parts: int, batch: _Batch, weights: _Weights) -> Tensor:
     """Space for partial moments; none is needed without the intra-class term."""
-    shape = (parts if weights.intra_on else 0, _MOMENTS, batch.classes)
+    shape = (parts if weights.intra_on else 0, _COLUMN_NUMBERS, batch.classes)
     return torch.empty(shape, dtype=torch.float32, device=batch.device)
 
 
 def _conclude_from(
     partials: Tensor, rows: Tensor, columns: Tensor, mask: Tensor | None, weights: _Weights
 ) -> Tensor:
-    """Coefficients into ``columns``, from partial moments (P, 8 or more, C); return the loss."""
+    """Coefficients into ``columns``, from partial moments (P, 10, C); return the loss."""
     batch, classes = rows.shape[1], columns.shape[1]
     parts, width = _MERGE_TILE
     column_programs = triton.cdiv(classes, width) if weights.intra_on else 0
@@ -1622,7 +1712,7 @@ class _GradientPlan(NamedTuple):
     rows: int = 0
 
 
-def _gradient_plans(batch: _Batch, weights: _Weights) -> list[_GradientPlan]:
+def _gradient_plans(batch: _Batch) -> list[_GradientPlan]:
     """The choice, and what else may be tried."""
     tile = _first_that_holds(_GRADIENT_TILES, batch.classes)
     blocks: int = triton.cdiv(batch.items, tile.items)
@@ -1630,7 +1720,7 @@ def _gradient_plans(batch: _Batch, weights: _Weights) -> list[_GradientPlan]:
     # Half of it: both of a large cache's partitions may hold a line, and coefficients stay there.
     cache //= 2
     at_once = _GradientPlan(tile, blocks)
-    if not weights.intra_on or batch.items * batch.pair_bytes <= cache:
+    if batch.items * batch.pair_bytes <= cache:
         return [at_once]
     rows = cache // batch.pair_bytes // 8 * 8
     in_chunks = [
@@ -1679,12 +1769,17 @@ def _run_gradient(
             rows.stride(0),
             *batch.strides,
             weights.exponent_scale,
+            weights.inter_slope,
+            weights.eps,
+            INTER=weights.inter_on,
+            INTRA=weights.intra_on,
             RELEASED=weights.released,
             ITEMS=plan.tile.items,
             CLASSES=plan.tile.classes,
             SPAN=_SPAN,
             WIDE=batch.wide,
             num_warps=plan.tile.warps,
+            maxnreg=_MAX_REGISTERS,
         )
         _launch_gradient(
             grid, plan.tile, _SPAN, (first, last), sums, grad_output, batch, rows, columns,
@@ -1729,6 +1824,7 @@ def _launch_gradient(
         PARTS=_PARTS,
         WIDE=batch.wide,
         num_warps=tile.warps,
+        maxnreg=_MAX_REGISTERS,
     )
 
 
@@ -1769,9 +1865,23 @@ def shipped() -> list[Shipped]:
         *_products(_observe, _MERGE_WARPS, merge),
         *_products(_conclude, _MERGE_WARPS, merge, [{"ITEMS": _SUM_BLOCK}], terms, released, masks),
         *_products(_loss, 4, [{"BLOCK": _SUM_BLOCK}], terms),
-        *_tiled(_sums, _CHUNK_TILES, [{"SPAN": _SPAN}], released, summed, masks, wide),
-        *_tiled(_gradient, _GRADIENT_TILES, [whole], terms, released, sides, masks, wide),
-        *_tiled(_gradient, _CHUNK_TILES, [chunk], terms[:2], released, summed, masks, wide),
+        *_tiled(
+            _sums,
+            _CHUNK_TILES,
+            [{"SPAN": _SPAN}],
+            terms,
+            released,
+            summed,
+            masks,
+            wide,
+            maxnreg=most,
+        ),
+        *_tiled(
+            _gradient, _GRADIENT_TILES, [whole], terms, released, sides, masks, wide, maxnreg=most
+        ),
+        *_tiled(
+            _gradient, _CHUNK_TILES, [chunk], terms, released, summed, masks, wide, maxnreg=most
+        ),
     ]
 
 
