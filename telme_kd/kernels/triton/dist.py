@@ -30,7 +30,7 @@ plan    serves                               launches, forward + backward   byte
 small   C <= 2048 and 16,384 elements, with  1 + 1; the gradient is made    2 N s or 4 N s, 4 N;
         C rounded up as in ``_TURN_TILES``   in forward                     4 N + N s
 medium  C <= 2048; C <= 4096 if rows are     3 + 1; forward reads rows      2 N s; 3 N s
-        ``WIDE`` and many                    once
+        ``WIDE``, many, and have their term  once
 large   any C                                4 + 1, or 4 + 2 per chunk of   4 N s; 3 N s
                                              rows that fits the cache
 ======  ===================================  =============================  ====================
@@ -122,7 +122,8 @@ _STREAM_TILES = (
 )
 _WIDE_STREAM_TILE = Tile(1, 4096, 8)
 """Whole rows. Eight numbers per column stay in registers: at 4096 classes they take half of those
-of a processor, at 8192 they would leave none. Narrow loads of 4096 classes do not fit beside."""
+of a processor, at 8192 they would leave none. Narrow loads of 4096 classes do not fit beside; and
+without the inter-class term, for no reason of arithmetic, ptxas spills a few bytes."""
 
 _MOMENT_TILES = (Tile(16, 128, 8), Tile(32, 64, 8))
 _GRADIENT_TILES = (Tile(64, 16, 8), Tile(16, 64, 8), Tile(8, 128, 8))
@@ -1557,7 +1558,8 @@ def _observations(batch: _Batch, weights: _Weights) -> list[_Observation]:
     tile = next((each for each in _STREAM_TILES if batch.classes <= each.classes), None)
     if tile is not None:
         return [_Observation(True, tile), *twice]
-    if batch.wide == 1 or batch.classes > _WIDE_STREAM_TILE.classes:
+    fits = batch.wide != 1 and batch.classes <= _WIDE_STREAM_TILE.classes
+    if not fits or not weights.inter_on:
         return twice
     once = [_Observation(True, _WIDE_STREAM_TILE)]
     programs = _stream_programs(batch, _WIDE_STREAM_TILE)
@@ -1852,7 +1854,7 @@ def shipped() -> list[Shipped]:
         *_tiled(_in_turns, _TURN_TILES, terms, released, flags, masks, wide, maxnreg=most),
         *_products(_scale, 4, [{"BLOCK": _SCALE_BLOCK}], sides),
         *_tiled(_stream, _STREAM_TILES, terms, released, masks, wide, maxnreg=most),
-        *_tiled(_stream, [_WIDE_STREAM_TILE], terms, released, masks, wide[1:], maxnreg=most),
+        *_tiled(_stream, [_WIDE_STREAM_TILE], terms[::2], released, masks, wide[1:], maxnreg=most),
         *_products(
             _row_statistics,
             _ROW_WARPS,
