@@ -7,12 +7,14 @@ from telme_kd.accumulation import accumulate_gradient
 from telme_kd.batch_similarity import BatchSimilarityLoss
 from telme_kd.dist import DISTLoss
 from telme_kd.fusion import AttentionShiftingFusion, ShiftingFusion
+from telme_kd.memory import RelationMemory
 from telme_kd.student import StudentLoss
 
 __all__ = [
     "AttentionShiftingFusion",
     "BatchSimilarityLoss",
     "DISTLoss",
+    "RelationMemory",
     "ShiftingFusion",
     "StudentLoss",
     "__version__",

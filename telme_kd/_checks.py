@@ -296,6 +296,39 @@ def positive_integer(name: str, value: int) -> int:
     return number
 
 
+def memory_size(value: int) -> int:
+    """Return how many items a memory holds: an integer of 0 or more."""
+    number = integer("memory_size", value)
+    if number < 0:
+        raise RangeError(
+            f"memory_size: expected an integer >= 0, got {number}; 0 does without a memory"
+        )
+    return number
+
+
+def same_memory_size(name: str, given: int, size: int) -> None:
+    """Check that a term of an objective has the memory that the objective is to have."""
+    if given != size:
+        raise RangeError(
+            f"{name}: expected a term with memory_size={size} as the objective's, got {given}; "
+            "give the size to the term, and leave it out of the objective or repeat it there"
+        )
+
+
+def memory_fits(held: Tensor, width: int, device: torch.device) -> None:
+    """Check that rows can stand beside those (size, n) that a memory holds."""
+    if held.shape[1] != width:
+        raise ShapeError(
+            f"memory: expected rows of width {held.shape[1]}, as those that are remembered, got "
+            f"{width}; call reset() on the memory, or have a loss for each label set or width"
+        )
+    if held.device != device:
+        raise DeviceError(
+            f"memory: expected device {device} as the batch, got {held.device}; "
+            f"use .to({str(device)!r}) on the loss"
+        )
+
+
 def probability(name: str, value: float) -> float:
     """Return a number in [0, 1) as a float."""
     number = _real(name, value, "a number in [0, 1)")
@@ -618,11 +651,13 @@ def outputs_again(shapes: Sequence[torch.Size], first: Sequence[torch.Size]) -> 
         )
 
 
-def relations_exist(batch_size: int, num_classes: int) -> None:
+def relations_exist(batch_size: int, num_classes: int, *, intra_weight: float = 1.0) -> None:
     """Warn, once per kind, of a batch whose relations are the same whatever the student does."""
     if torch.compiler.is_compiling():
         return
-    if batch_size == 1:
+    if not intra_weight:
+        pass  # items are not related
+    elif batch_size == 1:
         _warn_once("batch_size=1: the intra-class term is constant and gives no gradient")
     elif batch_size == 2:
         _warn_once("batch_size=2: every intra-class correlation is +1, -1 or 0")

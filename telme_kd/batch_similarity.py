@@ -9,6 +9,7 @@ from telme_kd._dispatch import Implementation, Operator, choose, decided
 from telme_kd._precision import accumulation_dtype, outside_autocast
 from telme_kd._typing import Backend, Group
 from telme_kd.distributed import agree, for_averaging, outside_graphs
+from telme_kd.memory import RelationMemory
 
 
 def batch_similarity_loss(
@@ -89,6 +90,9 @@ class BatchSimilarityLoss(nn.Module):
     Args:
         temperature: τ > 0.
         group: None for the local batch, a process group or ``"world"``.
+        memory_size: how many items of earlier steps stand beside the batch in training mode, in
+            rows and columns, as they were then; 0 for none. They are kept in the attribute
+            ``memory``, a :class:`~telme_kd.memory.RelationMemory`, which is None then.
         backend: ``"auto"`` or a backend's name.
 
     Raises:
@@ -109,19 +113,57 @@ class BatchSimilarityLoss(nn.Module):
         temperature: float = 1.0,
         *,
         group: Group = None,
+        memory_size: int = 0,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
         _checks.group_word(group)
         _checks.backend_word(backend)
+        memory_size = _checks.memory_size(memory_size)
         self.temperature = _checks.positive_temperature(temperature)
         self.group = group
         self.backend = backend
+        self.memory = RelationMemory(memory_size) if memory_size else None
 
     def forward(
         self, student_features: Tensor, teacher_features: Tensor, mask: Tensor | None = None
     ) -> Tensor:
-        """Return the loss of a batch; shapes and errors as :func:`batch_similarity_loss`."""
+        """Return the loss of a batch; shapes and errors as :func:`batch_similarity_loss`.
+
+        In training mode a memory extends it; a loss in evaluation mode is that of its batch.
+        """
+        if self.memory is None or not self.training:
+            return self._loss(student_features, teacher_features, mask)
+        _checks.features_pair(
+            student_features, teacher_features, mask=mask, may_be_empty=self.group is not None
+        )
+        student, teacher = student_features.flatten(0, -2), teacher_features.flatten(0, -2)
+        mask = None if mask is None else mask.reshape(-1)
+        group = None if self.group is None else _checks.group_of_several(self.group)
+        with_memory = self._with_memory if group is None else outside_graphs(self._with_memory)
+        return with_memory(self.memory, student, teacher, mask, group)
+
+    def _with_memory(
+        self,
+        memory: RelationMemory,
+        student: Tensor,
+        teacher: Tensor,
+        mask: Tensor | None,
+        group: Group,
+    ) -> Tensor:
+        """Return the loss of rows (B, d) and those that the memory holds; remember them."""
+        usable = _is_finite(student) & _is_finite(teacher)
+        batch = memory.extend(student, teacher, mask, usable=usable, group=group)
+        if batch.is_first:
+            loss = self._loss(student, teacher, mask)
+        else:
+            loss = batch.compensated(self._loss(batch.student, batch.teacher, batch.mask))
+        memory.remember(batch)
+        return loss
+
+    def _loss(
+        self, student_features: Tensor, teacher_features: Tensor, mask: Tensor | None
+    ) -> Tensor:
         return batch_similarity_loss(
             student_features,
             teacher_features,
@@ -134,6 +176,11 @@ class BatchSimilarityLoss(nn.Module):
     def extra_repr(self) -> str:
         """Return the options, as ``repr`` shows them."""
         return f"temperature={self.temperature}, backend={self.backend!r}"
+
+
+def _is_finite(features: Tensor) -> Tensor:
+    """Whether rows (B, d) are without NaN and infinity."""
+    return features.detach().abs().amax(dim=-1).isfinite()
 
 
 class _Call(NamedTuple):

@@ -13,6 +13,7 @@ from telme_kd._dispatch import Implementation, Operator, choose, decided
 from telme_kd._precision import accumulation_dtype, is_autocast, outside_autocast
 from telme_kd._typing import Backend, Group
 from telme_kd.distributed import agree, for_averaging, outside_graphs
+from telme_kd.memory import RelationMemory
 
 
 def dist_loss(
@@ -180,6 +181,9 @@ class DISTLoss(nn.Module):
         class_dim: the axis of the classes.
         eps: None for the scale-free correlation, a number for the released formula.
         group: None for the local batch, a process group or ``"world"``.
+        memory_size: how many items of earlier steps the intra-class term takes into its columns in
+            training mode, as they were then; 0 for none. They are kept in the attribute ``memory``,
+            a :class:`~telme_kd.memory.RelationMemory`, which is None then.
         backend: ``"auto"`` or a backend's name.
 
     Raises:
@@ -204,11 +208,13 @@ class DISTLoss(nn.Module):
         class_dim: int = -1,
         eps: float | None = None,
         group: Group = None,
+        memory_size: int = 0,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
         _checks.group_word(group)
         _checks.backend_word(backend)
+        memory_size = _checks.memory_size(memory_size)
         self.temperature = _checks.positive_temperature(temperature)
         self.inter_weight = _checks.non_negative("inter_weight", inter_weight)
         self.intra_weight = _checks.non_negative("intra_weight", intra_weight)
@@ -216,18 +222,80 @@ class DISTLoss(nn.Module):
         self.class_dim = _checks.integer("class_dim", class_dim)
         self.group = group
         self.backend = backend
+        self.memory = RelationMemory(memory_size) if memory_size else None
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None
     ) -> Tensor:
-        """Return the loss of a batch; shapes and errors as :func:`dist_loss`."""
+        """Return the loss of a batch; shapes and errors as :func:`dist_loss`.
+
+        In training mode a memory extends it; a loss in evaluation mode is that of its batch.
+        """
+        if self.memory is None or not self.training or not self.intra_weight:
+            return self._loss(
+                student_logits,
+                teacher_logits,
+                mask,
+                class_dim=self.class_dim,
+                inter_weight=self.inter_weight,
+                intra_weight=self.intra_weight,
+            )
+        class_axis = _checks.logits_pair(
+            student_logits,
+            teacher_logits,
+            class_dim=self.class_dim,
+            mask=mask,
+            may_be_empty=self.group is not None,
+        )
+        student = class_matrix(student_logits, class_axis)
+        teacher = class_matrix(teacher_logits, class_axis)
+        mask = None if mask is None else mask.reshape(-1)
+        group = None if self.group is None else _checks.group_of_several(self.group)
+        with_memory = self._with_memory if group is None else outside_graphs(self._with_memory)
+        return with_memory(self.memory, student, teacher, mask, group)
+
+    def _with_memory(
+        self,
+        memory: RelationMemory,
+        student: Tensor,
+        teacher: Tensor,
+        mask: Tensor | None,
+        group: Group,
+    ) -> Tensor:
+        """Return the loss of rows (B, C) whose columns the memory makes longer; remember them."""
+        usable = _has_softmax(student) & _has_softmax(teacher)
+        batch = memory.extend(student, teacher, mask, usable=usable, group=group)
+        inter, intra = self.inter_weight, self.intra_weight
+        if batch.is_first:
+            loss = self._loss(student, teacher, mask, inter_weight=inter, intra_weight=intra)
+        else:
+            extended = batch.student, batch.teacher, batch.mask
+            loss = self._loss(*extended, inter_weight=0.0, intra_weight=intra)
+            loss = batch.compensated(loss)
+            if inter:  # what is remembered has no gradient there, and would only make it smaller
+                loss = loss + self._loss(
+                    student, teacher, mask, inter_weight=inter, intra_weight=0.0
+                )
+        memory.remember(batch)
+        return loss
+
+    def _loss(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        mask: Tensor | None,
+        *,
+        inter_weight: float,
+        intra_weight: float,
+        class_dim: int = -1,
+    ) -> Tensor:
         return dist_loss(
             student_logits,
             teacher_logits,
             temperature=self.temperature,
-            inter_weight=self.inter_weight,
-            intra_weight=self.intra_weight,
-            class_dim=self.class_dim,
+            inter_weight=inter_weight,
+            intra_weight=intra_weight,
+            class_dim=class_dim,
             mask=mask,
             eps=self.eps,
             group=self.group,
@@ -249,6 +317,7 @@ class _Call(NamedTuple):
     class_axis: int
     is_matrix: bool
     options: dict[str, float | None]
+    intra_weight: float
     implementation: Implementation
 
 
@@ -271,16 +340,17 @@ def _decide(
         mask=mask,
         may_be_empty=group is not None,
     )
+    intra_weight = _checks.non_negative("intra_weight", intra_weight)
     options = {
         "temperature": _checks.positive_temperature(temperature),
         "inter_weight": _checks.non_negative("inter_weight", inter_weight),
-        "intra_weight": _checks.non_negative("intra_weight", intra_weight),
+        "intra_weight": intra_weight,
         "eps": _checks.optional_eps(eps),
     }
     is_matrix = student_logits.ndim == 2 and class_axis in (-1, 1)
     operator: Operator = "dist_loss" if group is None else "dist_loss over a group"
     implementation = choose(operator, backend, (student_logits, teacher_logits))
-    return _Call(class_axis, is_matrix, options, implementation)
+    return _Call(class_axis, is_matrix, options, intra_weight, implementation)
 
 
 def _loss(
@@ -300,7 +370,7 @@ def _loss(
         student, teacher = student.to(dtype), teacher.to(dtype)
     if group is not None:
         return outside_graphs(_over_group)(student, teacher, mask, group, call)
-    _checks.relations_exist(*student.shape)
+    _checks.relations_exist(*student.shape, intra_weight=call.intra_weight)
     return call.implementation.function(student, teacher, mask=mask, **call.options)
 
 
@@ -310,11 +380,17 @@ def _over_group(
     """Return the loss of the rows (b, C) of all processes."""
     settings = ("dist_loss", call.options, call.implementation.backend)
     agreement = agree(student, teacher, mask, group, settings)
-    _checks.relations_exist(sum(agreement.rows), student.shape[1])
+    rows, classes = sum(agreement.rows), student.shape[1]
+    _checks.relations_exist(rows, classes, intra_weight=call.intra_weight)
     loss = call.implementation.function(
         student, teacher, mask=mask, items=agreement.items, **call.options
     )
     return for_averaging(loss, group)
+
+
+def _has_softmax(logits: Tensor) -> Tensor:
+    """Whether rows (B, C) have probabilities: no NaN, no infinity, not -inf alone."""
+    return logits.detach().amax(dim=-1).isfinite()
 
 
 def class_matrix(logits: Tensor, class_axis: int) -> Tensor:

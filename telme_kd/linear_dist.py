@@ -102,7 +102,7 @@ def linear_dist_loss(
     implementation = choose("linear_dist_loss", backend, given)
 
     rows = student_hidden.shape[:-1].numel()
-    _checks.relations_exist(rows, student_weight.shape[0])
+    _checks.relations_exist(rows, student_weight.shape[0], intra_weight=intra_weight)
     options = {} if implementation.backend == "reference" else {"chunk_bytes": chunk_bytes}
     with outside_autocast(student_hidden.device):
         return implementation.function(

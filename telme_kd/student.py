@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from telme_kd import _checks
@@ -47,9 +48,12 @@ class StudentLoss(nn.Module):
         group: None for the local batch; a process group or ``"world"`` for the whole batch of its
             processes, in every term, with the gradient that DistributedDataParallel's mean expects.
             Terms that are given must be over the same group.
+        memory_size: how many items of earlier steps both distillation terms take into the relations
+            of a batch, which small batches lack; 0 for none. Terms that are given must have the
+            same. See :class:`~telme_kd.memory.RelationMemory`.
 
     Raises:
-        RangeError: a number is out of range, or a term is over another group.
+        RangeError: a number is out of range, or a term is over another group or has another memory.
         DTypeError: an argument is of another type.
 
     Example:
@@ -75,18 +79,28 @@ class StudentLoss(nn.Module):
         class_weight: Tensor | None = None,
         label_smoothing: float = 0.0,
         group: Group = None,
+        memory_size: int = 0,
     ) -> None:
         super().__init__()
         _checks.group_word(group)
+        memory_size = _checks.memory_size(memory_size)
         self.response_weight = _checks.non_negative("response_weight", response_weight)
         self.feature_weight = _checks.non_negative("feature_weight", feature_weight)
-        self.response = DISTLoss(group=group) if response is None else response
-        self.feature = BatchSimilarityLoss(group=group) if feature is None else feature
+        if response is None:
+            response = DISTLoss(group=group, memory_size=memory_size)
+        if feature is None:
+            feature = BatchSimilarityLoss(group=group, memory_size=memory_size)
+        self.response = response
+        self.feature = feature
         _checks.module("response", self.response, DISTLoss)
         _checks.module("feature", self.feature, BatchSimilarityLoss)
         if group is not None:
             _checks.same_group("response", self.response.group, group)
             _checks.same_group("feature", self.feature.group, group)
+        if memory_size:
+            for name, term in (("response", response), ("feature", feature)):
+                held = 0 if term.memory is None else term.memory.size
+                _checks.same_memory_size(name, held, memory_size)
         self.group = group
         if class_weight is not None:
             _checks.class_weight(class_weight)
@@ -136,6 +150,8 @@ class StudentLoss(nn.Module):
         _checks.class_labels(labels, logits.shape[:-1], student_logits)
         if self.class_weight is not None:
             _checks.class_weight_fits(self.class_weight, student_logits, class_axis)
+        if self.response_weight:
+            _check_memory(self.response, logits.shape[-1], logits.device)
         response = feature = student_logits.new_zeros(
             (), dtype=accumulation_dtype(student_logits, teacher_logits)
         )
@@ -148,6 +164,7 @@ class StudentLoss(nn.Module):
                 mask=mask,
                 may_be_empty=self.feature.group is not None,
             )
+            _check_memory(self.feature, student_features.shape[-1], student_features.device)
             feature = self.feature(student_features, teacher_features, mask)
         if self.response_weight:
             response = self.response(student_logits, teacher_logits, mask)
@@ -187,3 +204,8 @@ class StudentLoss(nn.Module):
             f"response_weight={self.response_weight}, feature_weight={self.feature_weight}, "
             f"label_smoothing={self.label_smoothing}"
         )
+
+
+def _check_memory(term: DISTLoss | BatchSimilarityLoss, width: int, device: torch.device) -> None:
+    if term.memory is not None and term.training:
+        term.memory.check(width, device)

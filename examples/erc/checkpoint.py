@@ -25,7 +25,7 @@ from examples.erc.artifacts import (
 )
 from examples.erc.source import JSON
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the state changes its form."""
 
 KEPT = 2

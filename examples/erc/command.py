@@ -101,6 +101,12 @@ def make_command(name: str, title: str) -> click.Group:
         help="Count what is predicted well less: the gamma of the focal loss.",
     )
     @click.option(
+        "--memory",
+        type=click.IntRange(min=0),
+        metavar="ROWS",
+        help="Let the distillations relate a batch to so many rows of earlier steps.",
+    )
+    @click.option(
         "--accumulate",
         type=_ONE_OR_MORE,
         default=1,
@@ -565,7 +571,9 @@ def _settle(recipe: Recipe, source: "Source", options: dict[str, Any]) -> Recipe
             teacher, optimisation=settle(source.optimisation("teacher"), teacher.optimisation)
         ),
         student=replace(
-            student, optimisation=settle(source.optimisation("student"), student.optimisation)
+            student,
+            optimisation=settle(source.optimisation("student"), student.optimisation),
+            memory_size=student.memory_size if options["memory"] is None else options["memory"],
         ),
         fusion=replace(
             fusion, optimisation=settle(source.optimisation("fusion"), fusion.optimisation)

@@ -6,7 +6,8 @@ loss: the classification sums over the own rows, divides by what the whole batch
 multiplies by the number of processes; the distillation gathers the rows of all.
 """
 
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -28,6 +29,17 @@ class Share(NamedTuple):
 
     rows: Tensor
     batch: Tensor
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """An objective that depends on what it has seen."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All of it, for a checkpoint."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Put it back."""
 
 
 class Classification:
@@ -97,10 +109,16 @@ class Distillation:
             recipe.response_weight,
             recipe.feature_weight,
             response=DISTLoss(
-                recipe.temperature, recipe.inter_weight, recipe.intra_weight, group=group
+                recipe.temperature,
+                recipe.inter_weight,
+                recipe.intra_weight,
+                group=group,
+                memory_size=recipe.memory_size,
             ),
-            feature=BatchSimilarityLoss(recipe.feature_temperature, group=group),
-        )
+            feature=BatchSimilarityLoss(
+                recipe.feature_temperature, group=group, memory_size=recipe.memory_size
+            ),
+        ).to(logits.device)
 
     def __call__(self, output: EncoderOutput, share: Share) -> Tensor:
         """The loss of a batch, ``()``; see the module for what it is with several processes."""
@@ -118,6 +136,14 @@ class Distillation:
             + self._recipe.feature_weight * terms.feature
         )
         return total
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What is remembered of earlier batches; the same in every process."""
+        return dict(self._criterion.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with what was remembered."""
+        self._criterion.load_state_dict(state)
 
 
 def class_weights(labels: Tensor, num_classes: int, power: float) -> Tensor | None:

@@ -64,6 +64,8 @@ class StudentRecipe:
         intra_weight: The weight of the intra-class relation (Eq. 11), >= 0.
         feature_weight: beta of Eq. 6, >= 0.
         feature_temperature: Of the feature distillation (Eq. 13-14), > 0.
+        memory_size: How many utterances of earlier steps both distillations relate a batch to, as
+            student and teacher put them then, >= 0; nobody's numbers but ours have any.
     """
 
     optimisation: Optimisation
@@ -73,6 +75,7 @@ class StudentRecipe:
     intra_weight: float
     feature_weight: float
     feature_temperature: float
+    memory_size: int = 0
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from examples.erc import processes, random_state
 from examples.erc.checkpoint import Checkpoints
 from examples.erc.errors import InputError, TrainingError
 from examples.erc.metrics import weighted_f1
-from examples.erc.objectives import Share
+from examples.erc.objectives import Share, Stateful
 from examples.erc.random_state import RandomState
 from examples.erc.recipe import Optimisation
 from examples.erc.source import JSON, SPLITS, Dataset
@@ -349,6 +349,9 @@ class _Training:
                     "groups": optimiser["param_groups"],
                     "state": {str(index): held for index, held in optimiser["state"].items()},
                 },
+                "objective": (
+                    self._objective.state_dict() if isinstance(self._objective, Stateful) else {}
+                ),
                 "weights": self._bare.state_dict(),
                 "best": self._weights,
             },
@@ -376,6 +379,8 @@ class _Training:
         self._total = state["total"].to(self._device)
         self._weights = state["best"]
         self._bare.load_state_dict(state["weights"])
+        if isinstance(self._objective, Stateful):
+            self._objective.load_state_dict(state["objective"])
         self._optimiser.load_state_dict(
             {
                 "param_groups": state["optimiser"]["groups"],
