@@ -134,12 +134,11 @@ class BatchSimilarityLoss(nn.Module):
         """
         if self.memory is None or not self.training:
             return self._loss(student_features, teacher_features, mask)
-        _checks.features_pair(
-            student_features, teacher_features, mask=mask, may_be_empty=self.group is not None
-        )
+        group = None if self.group is None else _checks.group_of_several(self.group)
+        _decide(student_features, teacher_features, mask, self.temperature, group, self.backend)
         student, teacher = student_features.flatten(0, -2), teacher_features.flatten(0, -2)
         mask = None if mask is None else mask.reshape(-1)
-        group = None if self.group is None else _checks.group_of_several(self.group)
+        self.memory.check(student.shape[1], student.device)
         with_memory = self._with_memory if group is None else outside_graphs(self._with_memory)
         return with_memory(self.memory, student, teacher, mask, group)
 

@@ -240,17 +240,23 @@ class DISTLoss(nn.Module):
                 inter_weight=self.inter_weight,
                 intra_weight=self.intra_weight,
             )
-        class_axis = _checks.logits_pair(
+        group = None if self.group is None else _checks.group_of_several(self.group)
+        class_axis = _decide(
             student_logits,
             teacher_logits,
-            class_dim=self.class_dim,
-            mask=mask,
-            may_be_empty=self.group is not None,
-        )
+            mask,
+            self.temperature,
+            self.inter_weight,
+            self.intra_weight,
+            self.class_dim,
+            self.eps,
+            group,
+            self.backend,
+        ).class_axis
         student = class_matrix(student_logits, class_axis)
         teacher = class_matrix(teacher_logits, class_axis)
         mask = None if mask is None else mask.reshape(-1)
-        group = None if self.group is None else _checks.group_of_several(self.group)
+        self.memory.check(student.shape[1], student.device)
         with_memory = self._with_memory if group is None else outside_graphs(self._with_memory)
         return with_memory(self.memory, student, teacher, mask, group)
 

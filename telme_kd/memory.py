@@ -146,7 +146,7 @@ class RelationMemory(nn.Module):
         """Put what is remembered before a batch.
 
         Args:
-            student: (B, n), floating, on the memory's device.
+            student: (B, n), floating, that :meth:`check` has nothing against.
             teacher: (B, n).
             mask: bool (B,), or None for all.
             usable: bool (B,), the items that may be remembered if they count.
@@ -157,11 +157,8 @@ class RelationMemory(nn.Module):
             The extended batch; the memory is as before.
 
         Raises:
-            ShapeError: n is not what it was.
-            DeviceError: the memory lies elsewhere.
             DistributedError: the processes disagree.
         """
-        self.check(student.shape[1], student.device)
         is_first = self.is_unused
         dtype = accumulation_dtype(student, teacher)
         student, teacher = student.to(dtype), teacher.to(dtype)
@@ -186,15 +183,26 @@ class RelationMemory(nn.Module):
         if not self.training:
             return
         student, teacher, _, usable = batch.arrivals
-        self._make_room(student)
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+            self._make_room(student)
+        else:
+            with torch.inference_mode(mode=False):  # or no later step could write there
+                self._make_room(student)
         present = torch.cat([self.present, usable])
         # Who stays goes to the end, the order kept; no count has to be known on the host.
         kept = present.to(torch.uint8).argsort(stable=True)[-self.size :]
         present = present[kept]
-        for held, rows in ((self.student, student), (self.teacher, teacher)):
-            together = torch.cat([held, rows]).index_select(0, kept)
-            held.copy_(together.masked_fill_(~present[:, None], 0.0))
-        self.present.copy_(present)
+        student, teacher = (
+            torch.cat([held, rows]).index_select(0, kept).masked_fill_(~present[:, None], 0.0)
+            for held, rows in ((self.student, student), (self.teacher, teacher))
+        )
+        if torch.compiler.is_compiling():
+            # A compiled backward pass computes again what it can from the buffers as they were.
+            self.student, self.teacher, self.present = student, teacher, present
+        else:  # where they are, for a captured graph
+            self.student.copy_(student)
+            self.teacher.copy_(teacher)
+            self.present.copy_(present)
 
     def _make_room(self, rows: Tensor) -> None:
         """Have the width, dtype and, of a memory that is unused, the device of rows (B, n)."""
