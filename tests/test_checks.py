@@ -193,6 +193,7 @@ def test_small_in_both_directions_warns_of_both(caught: list[warnings.WarningMes
     [
         lambda: dist(3, 3),
         lambda: dist(3, 3, mask=torch.tensor([True, False, False])),  # no values are looked at
+        lambda: dist(1, 3, intra_weight=0.0),  # whose items are not related
         lambda: similarity(2),
         lambda: similarity(3, width=1),
         lambda: dist_loss(*torch.randn(2, 1, 3, 3)),  # the batch axes count together

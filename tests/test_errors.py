@@ -15,6 +15,7 @@ from telme_kd import (
     AttentionShiftingFusion,
     BatchSimilarityLoss,
     DISTLoss,
+    RelationMemory,
     ShiftingFusion,
     StudentLoss,
     errors,
@@ -177,6 +178,7 @@ def _number_mistakes(
         "a finite number >= 0": r"(0 switches its effect off|pass a Python number)",
         r"a number in \[0, 1\)": r"(0 switches it off|pass a Python number)",
         "an integer >= 1": "counts start at 1",
+        "an integer >= 0": "0 does without a memory",
         "an integer": r"use int\(\.\.\.\)",
     }
     return {
@@ -194,6 +196,12 @@ POSITIVE = [0, 0.0, -1, -1e-300, 1e-300, 1e200, NAN, INF, -INF, None, True, "4",
 NON_NEGATIVE = [-1, -1e-300, NAN, INF, -INF, True, "4", 1j]
 COUNT = [0, -1]
 INTEGER = [1.0, "1", None, True, NAN]
+
+
+def _after(loss: torch.nn.Module, rows: torch.Tensor) -> torch.nn.Module:
+    """A loss that has seen a batch."""
+    loss(rows, rows)
+    return loss
 
 
 MISTAKES: dict[str, Mistake] = {
@@ -246,6 +254,52 @@ MISTAKES: dict[str, Mistake] = {
     **_number_mistakes(
         "batch_similarity_loss", lambda v: batch_similarity_loss(X, X, temperature=v),
         "temperature", POSITIVE_TEXT, POSITIVE,
+    ),
+    # memory
+    **_number_mistakes(
+        "RelationMemory", lambda v: RelationMemory(v), "size", "an integer >= 1", COUNT
+    ),
+    **_number_mistakes(
+        "RelationMemory", lambda v: RelationMemory(v), "size", "an integer", INTEGER
+    ),
+    **{
+        name: mistake
+        for module in (DISTLoss, BatchSimilarityLoss, StudentLoss)
+        for name, mistake in {
+            **_number_mistakes(
+                module.__name__, lambda v, module=module: module(memory_size=v), "memory_size",
+                "an integer >= 0", [-1],
+            ),
+            **_number_mistakes(
+                module.__name__, lambda v, module=module: module(memory_size=v), "memory_size",
+                "an integer", INTEGER,
+            ),
+        }.items()
+    },
+    "StudentLoss: response without the memory": (
+        lambda: StudentLoss(response=DISTLoss(), memory_size=8), RangeError, "response",
+        "a term with memory_size=8 as the objective's", "0",
+        "give the size to the term, and leave it out of the objective or repeat it there",
+    ),
+    "StudentLoss: feature with another memory": (
+        lambda: StudentLoss(feature=BatchSimilarityLoss(memory_size=4), memory_size=8), RangeError,
+        "feature", "a term with memory_size=8 as the objective's", "4", "give the size .*",
+    ),
+    "DISTLoss: other classes than remembered": (
+        lambda: _after(DISTLoss(memory_size=8), X)(X[:, :6], X[:, :6]), ShapeError, "memory",
+        "rows of width 7, as those that are remembered", "6",
+        r"call reset\(\) on the memory, or have a loss for each label set or width",
+    ),
+    "BatchSimilarityLoss: other features than remembered": (
+        lambda: _after(BatchSimilarityLoss(memory_size=8), X)(X[:, :6], X[:, :6]), ShapeError,
+        "memory", "rows of width 7, as those that are remembered", "6", "call .*",
+    ),
+    "StudentLoss: elsewhere than remembered": (
+        lambda: StudentLoss(
+            0.0, response=DISTLoss(), feature=_after(BatchSimilarityLoss(memory_size=8), X)
+        )(META, META, LABELS.to("meta"), student_features=META, teacher_features=META),
+        DeviceError, "memory", "device meta as the batch", "cpu",
+        r"use \.to\('meta'\) on the loss",
     ),
     # linear_dist_loss
     "student_hidden: list": (
@@ -726,6 +780,10 @@ DIALOGUE = AttentionShiftingFusion(7, (7,), attend_over="dialogue")
         partial(StudentLoss(), X, X, LABELS[:3]),
         partial(StudentLoss(), X, X, LABELS, student_features=X),
         partial(StudentLoss(), X, X[:2], LABELS, student_features=X, teacher_features=X),
+        partial(DISTLoss(memory_size=2, backend="triton"), X.double(), X),
+        partial(_after(DISTLoss(memory_size=2), X), X[:, :6], X[:, :6]),
+        partial(BatchSimilarityLoss(memory_size=2, group="world"), X, X),
+        partial(_after(BatchSimilarityLoss(memory_size=2), X), X[:, :6], X[:, :6]),
     ],
 )
 def test_mistake_is_told_before_any_work(call: Callable[[], Any]) -> None:

@@ -258,3 +258,39 @@ def test_module_compiles_without_a_graph_break() -> None:
     torch.testing.assert_close(
         torch.autograd.grad(terms.total, logits), torch.autograd.grad(expected.total, logits)
     )
+
+
+def test_a_memory_is_one_of_both_terms() -> None:
+    criterion = StudentLoss(0.5, 2.0, memory_size=6)
+    response, feature = DISTLoss(memory_size=6), BatchSimilarityLoss(memory_size=6)
+    for shift in range(3):
+        tensors = batch(8)
+        tensors["student_logits"] = tensors["student_logits"].roll(shift, 0)
+        mask = torch.arange(8) != shift
+        terms = criterion(**tensors, mask=mask)
+        logits = tensors["student_logits"], tensors["teacher_logits"]
+        features = tensors["student_features"], tensors["teacher_features"]
+        assert torch.equal(terms.response, response(*logits, mask))
+        assert torch.equal(terms.feature, feature(*features, mask))
+    given = StudentLoss(response=response, feature=feature, memory_size=6)
+    assert given.response is response
+    assert (
+        StudentLoss(response=response).response.memory is response.memory
+    )  # each may have its own
+
+
+def test_a_mistake_in_one_term_leaves_the_memories_of_both() -> None:
+    criterion = StudentLoss(memory_size=6)
+    criterion(**batch(8))
+    before = {name: value.clone() for name, value in criterion.state_dict().items()}
+    with pytest.raises(ValueError, match="memory: expected rows of width 5"):
+        criterion(**batch(8, classes=3))
+    assert all(torch.equal(before[name], value) for name, value in criterion.state_dict().items())
+    criterion.eval()(**batch(8, classes=3))  # which does without
+
+
+def test_a_skipped_term_remembers_nothing() -> None:
+    criterion = StudentLoss(0.0, 1.0, memory_size=6)
+    criterion(**batch(8))
+    assert criterion.response.memory.is_unused
+    assert not criterion.feature.memory.is_unused

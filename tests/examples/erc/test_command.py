@@ -101,6 +101,7 @@ def test_mistakes_are_one_line_and_status_2(words: list[str], message: str) -> N
         ["--class-balance", "1.5"],
         ["--focal", "-1"],
         ["--accumulate", "0"],
+        ["--memory", "-1"],
         ["--checkpoint-every", "0"],
         ["elsewhere"],
     ],
@@ -195,8 +196,9 @@ def test_options_against_imbalance_and_for_the_loop_arrive(
     words = ["--features", write_features()]
     call(*words)
     call(*words, "--class-balance", "0.5", "--focal", "2", "--patience", "0")
-    call(*words, "--patience", "3", "--accumulate", "2", "--checkpoint-every", "7")
+    call(*words, "--patience", "3", "--accumulate", "2", "--checkpoint-every", "7", "--memory", "9")
     plain, balanced, patient = (arguments[1] for arguments in calls)
+    assert (plain.student.memory_size, patient.student.memory_size) == (0, 9)
     assert plain.classification == ClassificationRecipe(0.0, 0.0)
     assert plain.teacher.optimisation.patience == 4
     assert balanced.classification == ClassificationRecipe(0.5, 2.0)
@@ -223,7 +225,7 @@ def test_two_processes_give_what_one_gives_with_the_batch_in_two_parts(
     """
     words = ["-m", "examples.meld", "--features", str(write_features()), "--device", "cpu"]
     words += ["--modalities", "audio", "--epochs", "2", "--batch-size", "9"]
-    words += ["--class-balance", "0.5"]
+    words += ["--class-balance", "0.5", "--memory", "20"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     two = subprocess.run(
         [sys.executable, *launcher, *words, "--output", str(tmp_path / "two")],

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -13,6 +14,7 @@ from examples.erc.objectives import (
     Classification,
     Distillation,
     Share,
+    Stateful,
     class_weights,
     focal_sum,
 )
@@ -153,3 +155,24 @@ def test_a_balanced_distillation_balances_the_labels_alone() -> None:
         for first in (plain, balanced)
     ]
     assert torch.allclose(*losses, rtol=1e-6)
+
+
+def test_a_distillation_remembers_and_its_state_goes_on() -> None:
+    taught = outputs(len(LABELS), seed=1)
+    recipe = StudentRecipe(OPTIMISATION, 2.0, 0.3, 1.0, 0.5, 0.7, 0.4, memory_size=5)
+
+    def distillation(numbers: StudentRecipe) -> Distillation:
+        first = Classification(LABELS, 3, PLAIN)
+        return Distillation(first, numbers, taught.logits, taught.features)
+
+    objective, plain = distillation(recipe), distillation(replace(recipe, memory_size=0))
+    first, second = (whole(torch.arange(start, start + 4)) for start in (0, 4))
+    assert torch.equal(objective(outputs(4), first), plain(outputs(4), first))
+    again = distillation(recipe)
+    again.load_state_dict(objective.state_dict())
+    loss = objective(outputs(4, seed=2), second)
+    assert torch.equal(again(outputs(4, seed=2), second), loss)
+    assert not torch.allclose(plain(outputs(4, seed=2), second), loss, rtol=1e-3)
+    assert plain.state_dict() == {}
+    assert isinstance(objective, Stateful)
+    assert not isinstance(Classification(LABELS, 3, PLAIN), Stateful)

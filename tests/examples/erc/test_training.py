@@ -417,6 +417,39 @@ def test_a_batch_in_parts_has_the_losses_of_the_whole_batch(accumulation: int) -
         assert one.loss == pytest.approx(other.loss, rel=1e-5)
 
 
+class Remembering(Distillation):
+    """A distillation with a memory, and Ctrl-C in the middle of one of its steps, if any."""
+
+    def __init__(self, at: int = 0) -> None:
+        truth = small_stage.labels(small_stage.points()["train"])
+        generator = torch.Generator().manual_seed(0)
+        super().__init__(
+            Classification(truth, 3, ClassificationRecipe()),
+            StudentRecipe(small_stage.OPTIMISATION, 2.0, 1.0, 1.0, 1.0, 1.0, 0.5, memory_size=11),
+            torch.randn(len(truth), 3, generator=generator),
+            torch.randn(len(truth), 6, generator=generator),
+        )
+        self.calls, self.at = 0, at
+
+    def __call__(self, output: EncoderOutput, share: Share) -> Tensor:
+        self.calls += 1
+        if self.calls == self.at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().__call__(output, share)
+
+
+@pytest.mark.parametrize("at", [1, 2, 5, 9])
+def test_a_memory_is_part_of_the_checkpoint(tmp_path: Path, at: int) -> None:
+    whole = small_stage.fit(objective=Remembering(), build=Relating)
+    with pytest.raises(KeyboardInterrupt):
+        small_stage.fit(checkpoints(tmp_path), objective=Remembering(at), build=Relating)
+    found = checkpoints(tmp_path).newest()
+    assert found is not None
+    state = checkpoints(tmp_path).load(found)["objective"]
+    assert state["feature.memory.present"].sum() == min(11, 8 * at)
+    same(whole, small_stage.fit(checkpoints(tmp_path), objective=Remembering(), build=Relating))
+
+
 @given(count=st.integers(1, 50), parts=st.integers(1, 8))
 def test_cut_keeps_order_and_balance(count: int, parts: int) -> None:
     pieces = cut(range(count), parts)
