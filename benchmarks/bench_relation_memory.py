@@ -5,10 +5,10 @@ in batches of 4, where the released code trains, and of 64; with memories of sev
 one, and, for comparison, from the labels alone. Whatever else could matter is the same, initial
 weights and the order of the items included, so that scores are compared seed by seed.
 
-Nothing is chosen by these scores, but each student's best epoch by dev. The learning rate of the
-light encoders, which suits them in batches of 128, goes with the square root of the batch size.
-Epochs are few where steps are many: some 2,500 steps with batches of 4 and 950 with 64, the same in
-both corpora, each a whole schedule of warm-up and decay.
+Nothing is chosen by these scores but each student's best epoch, by dev. The learning rate of a
+batch size is the best on dev of three, without a memory and from a seed that is not compared.
+Epochs are few where steps are many: some 2,500 steps with batches of 4 and 950 with 64 in both
+corpora, each a whole schedule of warm-up and decay.
 
 Run ``python -m benchmarks.bench_relation_memory meld FOLDER`` and the same for ``iemocap``; each
 writes ``benchmarks/results/<version>/relation_memory--<corpus>.json`` after every student, and goes
@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import import_module
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,19 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import machine, results
+from examples.erc import artifacts
 from examples.erc.features import FeatureSource
 from examples.erc.metrics import weighted_f1
 from examples.erc.objectives import Classification, Distillation
-from examples.erc.recipe import Optimisation, Recipe
+from examples.erc.pipeline import Story
+from examples.erc.recipe import Recipe
 from examples.erc.source import SPLITS
-from examples.erc.training import Hardware, Objective, Trained, train
+from examples.erc.systems import TEACHER
+from examples.erc.training import Hardware, Objective, train
 
 SEEDS = 10
+SEED_OF_RATES = 100
+RATES = (3e-4, 1e-3, 3e-3)
 BATCH_SIZES = (4, 64)
 MEMORY_SIZES = (0, 16, 64, 256)
 EPOCHS = {"meld": {4: 1, 64: 6}, "iemocap": {4: 2, 64: 12}}
@@ -49,8 +53,8 @@ class Setting:
 
     modality: str
     batch_size: int
-    distilled: bool
-    memory_size: int
+    distilled: bool = True
+    memory_size: int = 0
 
 
 def settings(modalities: Sequence[str]) -> Iterator[Setting]:
@@ -58,8 +62,8 @@ def settings(modalities: Sequence[str]) -> Iterator[Setting]:
     for modality in modalities:
         for batch_size in BATCH_SIZES:
             for memory_size in MEMORY_SIZES:
-                yield Setting(modality, batch_size, True, memory_size)
-            yield Setting(modality, batch_size, False, 0)
+                yield Setting(modality, batch_size, memory_size=memory_size)
+            yield Setting(modality, batch_size, distilled=False)
 
 
 class Classroom:
@@ -69,76 +73,111 @@ class Classroom:
         source: The corpus.
         recipe: The numbers of the distillation.
         seed: Of everything.
+        folder: Where the teacher is kept.
     """
 
-    def __init__(self, source: FeatureSource, recipe: Recipe, seed: int) -> None:
+    def __init__(self, source: FeatureSource, recipe: Recipe, seed: int, folder: Path) -> None:
         self._source = source
         self._recipe = recipe
         self._seed = seed
-        self._classification = Classification(
-            source.targets("train"), len(source.labels), recipe.classification
-        )
-        optimisation = source.optimisation("teacher")
-        assert optimisation is not None  # light encoders have their own
-        taught = self._train("text", optimisation, self._classification)
-        self._said = taught.outputs["train"]
+        story = Story(source, recipe, seed, folder / f"seed-{seed}", Hardware("cpu"))
+        said = story.tell(TEACHER).outputs("train")
+        self._said = said["logits"], said["features"]
 
-    def scores(self, setting: Setting) -> dict[str, float]:
+    def scores(self, setting: Setting, learning_rate: float) -> dict[str, float]:
         """Weighted F1 of a student on dev, and of its best epoch there on test."""
-        objective: Objective = self._classification
-        if setting.distilled:
-            student = replace(self._recipe.student, memory_size=setting.memory_size)
-            said = self._said["logits"], self._said["features"]
-            objective = Distillation(self._classification, student, *said)
-        usual = self._source.optimisation("student")
-        assert usual is not None
-        optimisation = replace(
-            usual,
-            batch_size=setting.batch_size,
-            learning_rate=usual.learning_rate * sqrt(setting.batch_size / usual.batch_size),
-            epochs=EPOCHS[self._source.name][setting.batch_size],
-            patience=None,
+        source, usual = self._source, self._recipe.student.optimisation
+        classification = Classification(
+            source.targets("train"), len(source.labels), self._recipe.classification
         )
-        trained = self._train(setting.modality, optimisation, objective)
+        student = replace(self._recipe.student, memory_size=setting.memory_size)
+        objective: Objective = classification
+        if setting.distilled:
+            objective = Distillation(classification, student, *self._said)
+        trained = train(
+            lambda: source.encoder(setting.modality),
+            objective,
+            {split: source.dataset(setting.modality, split) for split in SPLITS},
+            source.targets("dev"),
+            replace(
+                usual,
+                batch_size=setting.batch_size,
+                learning_rate=learning_rate,
+                epochs=EPOCHS[source.name][setting.batch_size],
+                patience=None,
+            ),
+            seed=self._seed,
+            hardware=Hardware("cpu"),
+            title=f"{source.title}, seed {self._seed}, {setting.modality}",
+        )
         return {
-            split: weighted_f1(self._source.targets(split), trained.outputs[split]["logits"])
+            split: weighted_f1(source.targets(split), trained.outputs[split]["logits"])
             for split in ("dev", "test")
         }
 
-    def _train(self, modality: str, optimisation: Optimisation, objective: Objective) -> Trained:
-        return train(
-            lambda: self._source.encoder(modality),
-            objective,
-            {split: self._source.dataset(modality, split) for split in SPLITS},
-            self._source.targets("dev"),
-            optimisation,
-            seed=self._seed,
-            hardware=Hardware("cpu"),
-            title=f"{self._source.title}, seed {self._seed}, {modality}",
-        )
-
 
 def document(corpus: str, modalities: Sequence[str]) -> Row:
-    """A result file's head, and a row without runs for every setting."""
+    """A result file without results: the rates to choose from, and the rows to fill."""
     return {
         "command": f"python -m benchmarks.bench_relation_memory {corpus} FOLDER",
         "device": "cpu",
         "corpus": corpus,
         "epochs": {str(size): count for size, count in EPOCHS[corpus].items()},
         "versions": machine.versions("cpu"),
+        "rates": [
+            {"modality": modality, "batch_size": batch_size, "dev": {}}
+            for modality in modalities
+            for batch_size in BATCH_SIZES
+        ],
         "rows": [{**asdict(setting), "runs": []} for setting in settings(modalities)],
     }
 
 
+def choose_rates(
+    found: Row, classroom: Callable[[int], Classroom], save: Callable[[], None]
+) -> None:
+    """Score the learning rates that are not scored yet."""
+    for row in found["rates"]:
+        for rate in RATES:
+            if str(rate) not in row["dev"]:
+                plain = Setting(row["modality"], row["batch_size"])
+                row["dev"][str(rate)] = classroom(SEED_OF_RATES).scores(plain, rate)["dev"]
+                save()
+
+
+def rate_of(found: Row, setting: Setting) -> float:
+    """The best learning rate of a modality and batch size."""
+    (scored,) = (
+        row["dev"]
+        for row in found["rates"]
+        if (row["modality"], row["batch_size"]) == (setting.modality, setting.batch_size)
+    )
+    return float(max(scored, key=lambda rate: scored[rate]))
+
+
 def fill(found: Row, classroom: Callable[[int], Classroom], save: Callable[[], None]) -> None:
-    """Do the runs that are not there yet, seed after seed."""
-    for seed in range(SEEDS):
-        for row in tqdm(found["rows"], desc=f"seed {seed}", disable=None):
-            if seed in [run["seed"] for run in row["runs"]]:
-                continue
-            setting = Setting(**{name: row[name] for name in Setting.__dataclass_fields__})
-            row["runs"].append({"seed": seed, **classroom(seed).scores(setting)})
-            save()
+    """Do the runs that are not there yet: modality after modality, seed after seed."""
+    for modality in dict.fromkeys(row["modality"] for row in found["rows"]):
+        rows = [row for row in found["rows"] if row["modality"] == modality]
+        for seed in range(SEEDS):
+            for row in tqdm(rows, desc=f"{modality}, seed {seed}", disable=None):
+                if seed in [run["seed"] for run in row["runs"]]:
+                    continue
+                setting = Setting(**{name: row[name] for name in Setting.__dataclass_fields__})
+                scores = classroom(seed).scores(setting, rate_of(found, setting))
+                row["runs"].append({"seed": seed, **scores})
+                save()
+
+
+def light(recipe: Recipe, source: FeatureSource) -> Recipe:
+    """The recipe with the optimisations of the light encoders."""
+    return replace(
+        recipe,
+        **{
+            phase: replace(getattr(recipe, phase), optimisation=source.optimisation(phase))
+            for phase in ("teacher", "student")
+        },
+    )
 
 
 def main() -> None:
@@ -146,6 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("corpus", choices=sorted(EPOCHS))
     parser.add_argument("features", type=Path)
+    parser.add_argument("--folder", type=Path, help="of the teachers (default: under runs/)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     source = FeatureSource(options.features, options.corpus)
@@ -153,10 +193,18 @@ def main() -> None:
     path = results.RESULTS / f"relation_memory--{options.corpus}.json"
     fresh = document(options.corpus, source.modalities[1:])
     found = results.read(path) if path.is_file() else fresh
-    if {**found, "rows": []} != {**fresh, "rows": []}:
+    head = fresh.keys() - {"rates", "rows"}
+    if any(found[name] != fresh[name] for name in head):
         parser.error(f"{path} was measured with something else; remove it to measure anew")
-    classroom = cache(lambda seed: Classroom(source, recipe, seed))
-    fill(found, classroom, lambda: results.write(path, found))
+    folder = options.folder or Path("runs") / f"relation-memory-{options.corpus}"
+    classroom = cache(lambda seed: Classroom(source, light(recipe, source), seed, folder))
+
+    def save() -> None:
+        results.write(path, found)
+
+    with artifacts.exclusive(folder):
+        choose_rates(found, classroom, save)
+        fill(found, classroom, save)
 
 
 if __name__ == "__main__":
