@@ -20,10 +20,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import import_module
+from itertools import product
+from math import sqrt
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
+from scipy.stats import t as student_t
 from tqdm import tqdm
 
 from benchmarks import machine, results
@@ -38,6 +42,7 @@ from examples.erc.systems import TEACHER
 from examples.erc.training import Hardware, Objective, train
 
 SEEDS = 10
+CONFIDENCE = 0.95
 SEED_OF_RATES = 100
 RATES = (3e-4, 1e-3, 3e-3)
 BATCH_SIZES = (4, 64)
@@ -122,6 +127,7 @@ def document(corpus: str, modalities: Sequence[str]) -> Row:
         "command": f"python -m benchmarks.bench_relation_memory {corpus} FOLDER",
         "device": "cpu",
         "corpus": corpus,
+        "confidence": CONFIDENCE,
         "epochs": {str(size): count for size, count in EPOCHS[corpus].items()},
         "versions": machine.versions("cpu"),
         "rates": [
@@ -169,6 +175,32 @@ def fill(found: Row, classroom: Callable[[int], Classroom], save: Callable[[], N
                 save()
 
 
+def summarise(found: Row) -> None:
+    """Note each row's means and, seed by seed, what it gains on distillation without a memory."""
+    for row in found["rows"]:
+        (plain,) = (
+            other
+            for other in found["rows"]
+            if other["distilled"]
+            and not other["memory_size"]
+            and (other["modality"], other["batch_size"]) == (row["modality"], row["batch_size"])
+        )
+        pairs = [
+            (run, other)
+            for run, other in product(row["runs"], plain["runs"])
+            if run["seed"] == other["seed"]
+        ]
+        row["seeds"] = len(pairs)
+        for split in ("dev", "test") if len(pairs) > 1 else ():
+            gains = [run[split] - other[split] for run, other in pairs]
+            error = stdev(gains) / sqrt(len(gains))
+            row[split] = {
+                "mean": mean(run[split] for run, _ in pairs),
+                "gain": mean(gains),
+                "interval": error * float(student_t.ppf(0.5 + CONFIDENCE / 2, len(gains) - 1)),
+            }
+
+
 def light(recipe: Recipe, source: FeatureSource) -> Recipe:
     """The recipe with the optimisations of the light encoders."""
     return replace(
@@ -200,11 +232,13 @@ def main() -> None:
     classroom = cache(lambda seed: Classroom(source, light(recipe, source), seed, folder))
 
     def save() -> None:
+        summarise(found)
         results.write(path, found)
 
     with artifacts.exclusive(folder):
         choose_rates(found, classroom, save)
         fill(found, classroom, save)
+        save()
 
 
 if __name__ == "__main__":

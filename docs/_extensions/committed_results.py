@@ -22,6 +22,7 @@ from sphinx.errors import ExtensionError
 Row = dict[str, Any]
 
 CORPORA = ("meld", "iemocap")
+SCORED = ("dev", "test")
 FLOOR_PICTURE = "The accuracies of the table above, drawn with their standard deviations."
 
 
@@ -40,6 +41,14 @@ def generate(app: Sphinx) -> None:
     write(folder / "released-losses.rst", released_faults(faults, LOSS_FAULTS))
     write(folder / "released-fusion.rst", released_faults(faults, FUSION_FAULTS))
     write(folder / "released-annotations.rst", released_annotations(faults))
+
+    memories = [
+        _read(results / f"relation_memory--{corpus}.json", "bench_relation_memory.py")
+        for corpus in CORPORA
+    ]
+    write(folder / "relation-memory.rst", relation_memory(memories))
+    for theme in COLOURS:
+        write(folder / f"relation-memory-{theme}.svg", relation_memory_picture(memories, theme))
 
     write(folder / "recipes.rst", recipes())
     write(folder / "check-kinds.rst", check_kinds())
@@ -193,6 +202,107 @@ def _percent(measured: Row) -> str:
 
 def _constant(value: float) -> str:
     return f"{value:g}".replace("e-0", "e-")
+
+
+# The memory of relations --------------------------------------------------------------------------
+
+MEMORY_PICTURE = "The gains of the tables above, drawn with their confidence intervals."
+
+
+def relation_memory(documents: Sequence[Row]) -> str:
+    """A table for each corpus of what memories gain, what they come to, and how it was measured."""
+    pieces = []
+    for document in documents:
+        lines = []
+        for row in document["rows"]:
+            student = f"{row['modality']}, batches of {row['batch_size']}"
+            memory = row["memory_size"] if row["distilled"] else "labels alone"
+            cells = [f"{100 * row['dev']['mean']:.2f}", f"{100 * row['test']['mean']:.2f}"]
+            cells += [_gain(row[split], _is_plain(row)) for split in SCORED]
+            lines.append([student, str(memory or "none"), *cells])
+        seeds = min(row["seeds"] for row in document["rows"])
+        heads = ["Student", "Memory", "Dev", "Test", "Gain on dev", "Gain on test"]
+        title = f"{document['corpus'].upper()}: weighted F1 in percent, means over {seeds} seeds"
+        pieces.append(table(title, heads, lines))
+    pieces += [picture(f"relation-memory-{theme}.svg", theme, MEMORY_PICTURE) for theme in COLOURS]
+    pieces.append(_memory_verdict(documents))
+    pieces += [_provenance(document) for document in documents]
+    return "\n".join(pieces)
+
+
+def relation_memory_picture(documents: Sequence[Row], theme: str) -> bytes:
+    """Draw the gains: a panel per corpus and batch size, a mark per student, memory and split."""
+    colours = COLOURS[theme]
+    panels = [
+        (document, size)
+        for document in documents
+        for size in dict.fromkeys(row["batch_size"] for row in document["rows"])
+    ]
+    columns = len(panels) // len(documents)
+    figure = Figure(figsize=(8.6, 5.6), layout="constrained", facecolor="none")
+    grid = figure.subplots(len(documents), columns, sharex=True, squeeze=False)
+    for axes, (document, size) in zip(grid.flat, panels, strict=True):
+        dress(axes, colours)
+        title = f"{document['corpus'].upper()}, batches of {size}"
+        axes.set_title(title, loc="left", size=9, color=colours["ink"])
+        rows = [row for row in _with_memory(document) if row["batch_size"] == size]
+        for line, row in enumerate(rows):
+            for shift, split, colour in ((-0.15, "dev", "mark"), (0.15, "test", "other")):
+                axes.errorbar(
+                    100 * row[split]["gain"],
+                    line + shift,
+                    xerr=100 * row[split]["interval"],
+                    fmt="o",
+                    markersize=4,
+                    color=colours[colour],
+                    elinewidth=1.2,
+                    label=split if line == 0 else None,
+                )
+        axes.axvline(0.0, color=colours["muted"], linewidth=0.8)
+        axes.set_yticks(
+            range(len(rows)), [f"{row['modality']}, memory {row['memory_size']}" for row in rows]
+        )
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+    for axes in grid[-1]:
+        axes.set_xlabel("Gain in weighted F1, points", size=8.5, color=colours["muted"])
+    legend = grid[0, -1].legend(frameon=False, fontsize=8)
+    for text in legend.get_texts():
+        text.set_color(colours["ink"])
+    return svg(figure)
+
+
+def _memory_verdict(documents: Sequence[Row]) -> str:
+    """How many intervals leave out zero, beside how many would by chance."""
+    gains = [row[split] for each in documents for row in _with_memory(each) for split in SCORED]
+    better, worse = (sum(_is_sure(gain, sign) for gain in gains) for sign in (1, -1))
+    chance = (1 - documents[0]["confidence"]) * len(gains)
+    largest = max(gains, key=lambda gain: float(gain["gain"]))
+    return (
+        f"Of {len(gains)} gains of a memory, the interval of {better} lies above 0 and that of "
+        f"{worse} below; if no memory made a difference, some {chance:.1f} in all would leave out "
+        f"0. The largest gain is {_gain(largest, False)} points.\n"
+    )
+
+
+def _with_memory(document: Row) -> list[Row]:
+    return [row for row in document["rows"] if row["memory_size"]]
+
+
+def _is_plain(row: Row) -> bool:
+    return row["distilled"] and not row["memory_size"]
+
+
+def _is_sure(measured: Row, sign: int) -> bool:
+    return bool(sign * measured["gain"] > measured["interval"])
+
+
+def _gain(measured: Row, is_plain: bool) -> str:
+    """A gain and its interval in points; bold if zero is not in it."""
+    if is_plain:
+        return ""
+    text = f"{100 * measured['gain']:+.2f} ± {100 * measured['interval']:.2f}"
+    text = text.replace("-", "\N{MINUS SIGN}")
+    return f"**{text}**" if _is_sure(measured, 1) or _is_sure(measured, -1) else text
 
 
 # Faults of the released code ---------------------------------------------------------------------
