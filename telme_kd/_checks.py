@@ -19,6 +19,7 @@ from torch import Tensor
 from telme_kd._precision import layer_dtype
 from telme_kd._typing import AttendOver, Backend, LinearHead, ProcessGroup
 from telme_kd.errors import (
+    BackendError,
     DegenerateBatchWarning,
     DeviceError,
     DistributedError,
@@ -312,6 +313,15 @@ def same_memory_size(name: str, given: int, size: int) -> None:
         raise RangeError(
             f"{name}: expected a term with memory_size={size} as the objective's, got {given}; "
             "give the size to the term, and leave it out of the objective or repeat it there"
+        )
+
+
+def memory_can_learn() -> None:
+    """Check that state may be written: torch.func's functions are to have none."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise BackendError(
+            "memory: expected no transform of torch.func, inside which it cannot be written, got "
+            "one; call .eval() on the loss, to do without, or on its memory, to leave it as it is"
         )
 
 

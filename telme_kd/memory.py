@@ -130,7 +130,10 @@ class RelationMemory(nn.Module):
         Raises:
             ShapeError: the width is not what it was.
             DeviceError: the memory lies elsewhere.
+            BackendError: it would learn, and a transform of ``torch.func`` is active.
         """
+        if self.training:
+            _checks.memory_can_learn()
         if not self.is_unused:
             _checks.memory_fits(self.student, width, device)
 

@@ -294,6 +294,11 @@ MISTAKES: dict[str, Mistake] = {
         lambda: _after(BatchSimilarityLoss(memory_size=8), X)(X[:, :6], X[:, :6]), ShapeError,
         "memory", "rows of width 7, as those that are remembered", "6", "call .*",
     ),
+    "DISTLoss: a memory inside a transform": (
+        lambda: torch.func.grad(lambda x: DISTLoss(memory_size=8)(x, X))(X), BackendError, "memory",
+        r"no transform of torch\.func, inside which it cannot be written", "one",
+        r"call \.eval\(\) on the loss, .*, or on its memory, to leave it as it is",
+    ),
     "StudentLoss: elsewhere than remembered": (
         lambda: StudentLoss(
             0.0, response=DISTLoss(), feature=_after(BatchSimilarityLoss(memory_size=8), X)

@@ -400,6 +400,16 @@ def test_whether_gradients_are_wanted_makes_no_difference(make: Make) -> None:
 
 
 @BOTH
+def test_transforms_take_a_memory_that_does_not_learn(make: Make) -> None:
+    loss = filled(make)
+    memory_of(loss).eval()
+    student, teacher = draw(4, 0)
+    expected = torch.autograd.grad(loss(student, teacher), student)[0]
+    found = torch.func.grad(lambda rows: loss(rows, teacher))(student.detach())
+    torch.testing.assert_close(found, expected)
+
+
+@BOTH
 def test_a_mistake_leaves_the_memory(make: Make) -> None:
     loss = filled(make)
     before = state(loss)
