@@ -1,6 +1,6 @@
 """Batch similarity: a student's features stand to the teacher's as the teacher's to each other."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -75,11 +75,7 @@ def batch_similarity_loss(
     """
     if group is not None:
         group = _checks.group_of_several(group)
-    options = (temperature, group, backend)
-    if group is None:
-        call = decided(_decide, student_features, teacher_features, mask, options)
-    else:  # a group is not to be kept alive
-        call = _decide(student_features, teacher_features, mask, *options)
+    call = _decided(student_features, teacher_features, mask, (temperature, group, backend), group)
     with outside_autocast(student_features.device):
         return _loss(student_features, teacher_features, mask, group, call)
 
@@ -135,7 +131,8 @@ class BatchSimilarityLoss(nn.Module):
         if self.memory is None or not self.training:
             return self._loss(student_features, teacher_features, mask)
         group = None if self.group is None else _checks.group_of_several(self.group)
-        _decide(student_features, teacher_features, mask, self.temperature, group, self.backend)
+        options = self.temperature, group, self.backend
+        _decided(student_features, teacher_features, mask, options, group)
         student, teacher = student_features.flatten(0, -2), teacher_features.flatten(0, -2)
         mask = None if mask is None else mask.reshape(-1)
         self.memory.check(student.shape[1], student.device)
@@ -187,6 +184,18 @@ class _Call(NamedTuple):
 
     temperature: float
     implementation: Implementation
+
+
+def _decided(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    mask: Tensor | None,
+    options: tuple[Any, ...],
+    group: Group,
+) -> _Call:
+    if group is None:
+        return decided(_decide, student_features, teacher_features, mask, options)
+    return _decide(student_features, teacher_features, mask, *options)  # a group is not kept alive
 
 
 def _decide(

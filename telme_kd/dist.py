@@ -4,7 +4,7 @@ Instead of matching probabilities, DIST asks that they correlate: along each row
 the classes (inter-class), and along each column, how a class ranks the items (intra-class).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -94,10 +94,7 @@ def dist_loss(
     if group is not None:
         group = _checks.group_of_several(group)
     options = (temperature, inter_weight, intra_weight, class_dim, eps, group, backend)
-    if group is None:
-        call = decided(_decide, student_logits, teacher_logits, mask, options)
-    else:  # a group is not to be kept alive
-        call = _decide(student_logits, teacher_logits, mask, *options)
+    call = _decided(student_logits, teacher_logits, mask, options, group)
     if is_autocast(student_logits.device):
         with outside_autocast(student_logits.device):
             return _loss(student_logits, teacher_logits, mask, group, call)
@@ -241,20 +238,11 @@ class DISTLoss(nn.Module):
                 intra_weight=self.intra_weight,
             )
         group = None if self.group is None else _checks.group_of_several(self.group)
-        class_axis = _decide(
-            student_logits,
-            teacher_logits,
-            mask,
-            self.temperature,
-            self.inter_weight,
-            self.intra_weight,
-            self.class_dim,
-            self.eps,
-            group,
-            self.backend,
-        ).class_axis
-        student = class_matrix(student_logits, class_axis)
-        teacher = class_matrix(teacher_logits, class_axis)
+        weights = self.inter_weight, self.intra_weight
+        options = (self.temperature, *weights, self.class_dim, self.eps, group, self.backend)
+        call = _decided(student_logits, teacher_logits, mask, options, group)
+        student = class_matrix(student_logits, call.class_axis)
+        teacher = class_matrix(teacher_logits, call.class_axis)
         mask = None if mask is None else mask.reshape(-1)
         self.memory.check(student.shape[1], student.device)
         with_memory = self._with_memory if group is None else outside_graphs(self._with_memory)
@@ -325,6 +313,18 @@ class _Call(NamedTuple):
     options: dict[str, float | None]
     intra_weight: float
     implementation: Implementation
+
+
+def _decided(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None,
+    options: tuple[Any, ...],
+    group: Group,
+) -> _Call:
+    if group is None:
+        return decided(_decide, student_logits, teacher_logits, mask, options)
+    return _decide(student_logits, teacher_logits, mask, *options)  # a group is not kept alive
 
 
 def _decide(
