@@ -287,6 +287,16 @@ def test_a_remembered_batch_is_pulled_as_strongly_as_a_large_one(make: Make) -> 
 
 
 @BOTH
+def test_losses_of_several_steps_can_wait_for_their_backward_pass(make: Make) -> None:
+    at_once, later = filled(make), filled(make)
+    batches = [draw(4, seed) for seed in range(3)]
+    expected = [torch.autograd.grad(at_once(*batch), batch[0])[0] for batch in batches]
+    losses = [later(*batch) for batch in batches]
+    found = [torch.autograd.grad(losses[i], batches[i][0])[0] for i in (2, 0, 1)]
+    assert all(map(torch.equal, found, [expected[i] for i in (2, 0, 1)]))
+
+
+@BOTH
 def test_a_teacher_that_wants_a_gradient_gets_it(make: Make) -> None:
     loss = filled(make)
     before = held(loss)
