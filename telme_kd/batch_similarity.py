@@ -87,8 +87,8 @@ class BatchSimilarityLoss(nn.Module):
         temperature: τ > 0.
         group: None for the local batch, a process group or ``"world"``.
         memory_size: how many items of earlier steps stand beside the batch in training mode, in
-            rows and columns, as they were then; 0 for none. They are kept in the attribute
-            ``memory``, a :class:`~telme_kd.memory.RelationMemory`, which is None then.
+            rows and columns, as they were then. The attribute ``memory`` keeps them, a
+            :class:`~telme_kd.memory.RelationMemory`, or None with the size 0.
         backend: ``"auto"`` or a backend's name.
 
     Raises:

@@ -179,8 +179,8 @@ class DISTLoss(nn.Module):
         eps: None for the scale-free correlation, a number for the released formula.
         group: None for the local batch, a process group or ``"world"``.
         memory_size: how many items of earlier steps the intra-class term takes into its columns in
-            training mode, as they were then; 0 for none. They are kept in the attribute ``memory``,
-            a :class:`~telme_kd.memory.RelationMemory`, which is None then.
+            training mode, as they were then. The attribute ``memory`` keeps them, a
+            :class:`~telme_kd.memory.RelationMemory`, or None with the size 0.
         backend: ``"auto"`` or a backend's name.
 
     Raises:
