@@ -226,6 +226,7 @@ def relation_memory(documents: Sequence[Row]) -> str:
         pieces.append(table(title, heads, lines))
     pieces += [picture(f"relation-memory-{theme}.svg", theme, MEMORY_PICTURE) for theme in COLOURS]
     pieces.append(_memory_verdict(documents))
+    pieces += [_left_out(document) for document in documents]
     pieces += [_provenance(document) for document in documents]
     return "\n".join(pieces)
 
@@ -281,6 +282,23 @@ def _memory_verdict(documents: Sequence[Row]) -> str:
         f"Of {len(gains)} gains of a memory, the interval of {better} lies above 0 and that of "
         f"{worse} below; if no memory made a difference, some {chance:.1f} in all would leave out "
         f"0. The largest gain is {_gain(largest, False)} points.\n"
+    )
+
+
+def _left_out(document: Row) -> str:
+    """Who was not measured, and why."""
+    there = {row["modality"] for row in document["rows"]}
+    absent = [row for row in document["rates"] if row["modality"] not in there]
+    names = " and ".join(dict.fromkeys(row["modality"] for row in absent))
+    if not names:
+        return ""
+    commonest = document["commonest"]
+    size = next(row["batch_size"] for row in absent if max(row["dev"].values()) <= commonest)
+    return (
+        f"The {names} students of {document['corpus'].upper()} are left out: in batches of {size} "
+        f"they scored {100 * commonest:.2f} on dev at each of {len(absent[0]['dev'])} learning "
+        "rates, as does one that always says the commonest label, and without a memory. Nothing "
+        "can be compared there.\n"
     )
 
 

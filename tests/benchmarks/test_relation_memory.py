@@ -14,10 +14,11 @@ from benchmarks.bench_relation_memory import (
     SEEDS,
     Classroom,
     Setting,
+    admit,
+    best,
     choose_rates,
     document,
     fill,
-    rate_of,
     settings,
     summarise,
 )
@@ -45,6 +46,7 @@ def measured() -> tuple[dict[str, Any], list[Any], Callable[[int], Classroom]]:
 
     found = document("meld", ["audio", "visual"])
     choose_rates(found, classroom, lambda: None)
+    admit(found, commonest=-1.0)
     fill(found, classroom, lambda: None)
     return found, asked, classroom
 
@@ -55,7 +57,8 @@ def test_every_setting_has_every_seed_at_its_own_rate() -> None:
     for row in found["rows"]:
         assert [run["seed"] for run in row["runs"]] == [*range(SEEDS)]
     for _, setting, rate in asked[-len(found["rows"]) * SEEDS :]:
-        assert rate == rate_of(found, setting) == RATES[setting.batch_size % 3]
+        assert best(found, setting.modality, setting.batch_size) == (rate, 0.0)
+        assert rate == RATES[setting.batch_size % 3]
     assert {setting.memory_size for seed, setting, _ in asked if seed == SEED_OF_RATES} == {0}
     before = copy.deepcopy(found), len(asked)
     choose_rates(found, classroom, lambda: None)
@@ -85,6 +88,18 @@ def test_gains_are_those_of_a_paired_t_test() -> None:
     assert row["test"]["gain"] - row["test"]["interval"] == pytest.approx(low, rel=1e-9)
     assert row["test"]["gain"] + row["test"]["interval"] == pytest.approx(high, rel=1e-9)
     assert row["seeds"] == SEEDS
+
+
+def test_who_learns_nothing_at_any_rate_is_left_out() -> None:
+    found, *_ = measured()
+    for row in found["rates"]:
+        if (row["modality"], row["batch_size"]) == ("visual", 4):
+            row["dev"] = dict.fromkeys(row["dev"], 0.25)
+        else:
+            row["dev"] = {rate: 0.2 + index for index, rate in enumerate(row["dev"])}
+    admit(found, commonest=0.25)
+    assert {row["modality"] for row in found["rows"]} == {"audio"}
+    assert found["commonest"] == 0.25
 
 
 def test_settings_lead_with_what_they_are_compared_with() -> None:

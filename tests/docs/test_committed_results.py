@@ -27,7 +27,13 @@ def row(memory_size: int, dev: float, test: float, *, distilled: bool = True) ->
 
 
 def documents(*rows: dict[str, Any]) -> list[dict[str, Any]]:
+    rates = [
+        {"modality": "audio", "batch_size": 4, "dev": {"0.1": 0.4, "0.2": 0.3}},
+        {"modality": "visual", "batch_size": 4, "dev": {"0.1": 0.25, "0.2": 0.25}},
+        {"modality": "visual", "batch_size": 64, "dev": {"0.1": 0.3, "0.2": 0.35}},
+    ]
     shared = {"device": "cpu", "confidence": 0.95, "versions": {"torch": "2"}, "rows": [*rows]}
+    shared |= {"rates": rates, "commonest": 0.25}
     return [{**shared, "corpus": corpus, "command": corpus} for corpus in ("meld", "iemocap")]
 
 
@@ -46,6 +52,7 @@ def test_gains_whose_interval_leaves_out_zero_are_bold_and_counted(pages: Module
     assert "The largest gain is **+0.61 ± 0.50** points." in text
     assert "MELD: weighted F1 in percent, means over 10 seeds" in text
     assert text.count("labels alone") == 2
+    assert "The visual students of MELD are left out: in batches of 4 they scored 25.00" in text
 
 
 def test_the_picture_is_the_same_whenever_it_is_drawn(pages: ModuleType) -> None:
