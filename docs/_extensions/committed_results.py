@@ -273,15 +273,25 @@ def relation_memory_picture(documents: Sequence[Row], theme: str) -> bytes:
 
 
 def _memory_verdict(documents: Sequence[Row]) -> str:
-    """How many intervals leave out zero, beside how many would by chance."""
-    gains = [row[split] for each in documents for row in _with_memory(each) for split in SCORED]
+    """How many intervals leave out zero, beside how many would by chance, and what that means."""
+    rows = [row for document in documents for row in _with_memory(document)]
+    gains = [row[split] for row in rows for split in SCORED]
     better, worse = (sum(_is_sure(gain, sign) for gain in gains) for sign in (1, -1))
     chance = (1 - documents[0]["confidence"]) * len(gains)
-    largest = max(gains, key=lambda gain: float(gain["gain"]))
+    smallest, largest = (
+        choose(gains, key=lambda gain: float(gain["gain"])) for choose in (min, max)
+    )
+    helps, harms = better > chance, worse > chance
+    verdict = {
+        (True, True): "A memory helps here and harms there; see which.",
+        (True, False): "A memory helps.",
+        (False, True): "A memory harms.",
+        (False, False): "A memory makes no difference that can be told from chance.",
+    }[helps, harms]
     return (
-        f"Of {len(gains)} gains of a memory, the interval of {better} lies above 0 and that of "
+        f"**{verdict}** Of {len(gains)} gains, the interval of {better} lies above 0 and that of "
         f"{worse} below; if no memory made a difference, some {chance:.1f} in all would leave out "
-        f"0. The largest gain is {_gain(largest, False)} points.\n"
+        f"0. They go from {_gain(smallest, False)} to {_gain(largest, False)} points.\n"
     )
 
 

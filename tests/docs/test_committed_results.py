@@ -47,12 +47,25 @@ def test_gains_whose_interval_leaves_out_zero_are_bold_and_counted(pages: Module
     assert text.count("     - +0.40 ± 0.50") == 2
     assert text.count("**−1.00 ± 0.50**") == 2
     assert "     - −0.49 ± 0.50" in text
-    assert "Of 8 gains of a memory, the interval of 2 lies above 0 and that of 2 below" in text
+    assert "Of 8 gains, the interval of 2 lies above 0 and that of 2 below" in text
     assert "some 0.4 in all" in text  # labels alone are no memory
-    assert "The largest gain is **+0.61 ± 0.50** points." in text
+    assert "from **−1.00 ± 0.50** to **+0.61 ± 0.50** points." in text
     assert "MELD: weighted F1 in percent, means over 10 seeds" in text
     assert text.count("labels alone") == 2
     assert "The visual students of MELD are left out: in batches of 4 they scored 25.00" in text
+
+
+@pytest.mark.parametrize(
+    ("gain", "verdict"),
+    [
+        (0.006, "A memory helps."),
+        (0.004, "A memory makes no difference that can be told from chance."),
+        (-0.006, "A memory harms."),
+    ],
+)
+def test_the_verdict_is_that_of_the_intervals(pages: ModuleType, gain: float, verdict: str) -> None:
+    text = pages.relation_memory(documents(row(0, 0.0, 0.0), row(16, gain, 0.0)))
+    assert f"**{verdict}**" in text
 
 
 def test_the_picture_is_the_same_whenever_it_is_drawn(pages: ModuleType) -> None:
