@@ -281,7 +281,8 @@ def _memory_verdict(documents: Sequence[Row]) -> str:
     smallest, largest = (
         choose(gains, key=lambda gain: float(gain["gain"])) for choose in (min, max)
     )
-    helps, harms = better > chance, worse > chance
+    # Chance would put half of its share on either side; gains of one student hang together.
+    helps, harms = better > 2 * chance, worse > 2 * chance
     verdict = {
         (True, True): "A memory helps here and harms there; see which.",
         (True, False): "A memory helps.",

@@ -45,7 +45,7 @@ def test_gains_whose_interval_leaves_out_zero_are_bold_and_counted(pages: Module
     text = pages.relation_memory(found)
     assert text.count("     - **+0.61 ± 0.50**") == 2
     assert text.count("     - +0.40 ± 0.50") == 2
-    assert text.count("**−1.00 ± 0.50**") == 2
+    assert text.count("     - **−1.00 ± 0.50**") == 2
     assert "     - −0.49 ± 0.50" in text
     assert "Of 8 gains, the interval of 2 lies above 0 and that of 2 below" in text
     assert "some 0.4 in all" in text  # labels alone are no memory
