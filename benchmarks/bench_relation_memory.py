@@ -191,8 +191,13 @@ def fill(found: Row, classroom: Callable[[int], Classroom], save: Callable[[], N
 
 
 def summarise(found: Row) -> None:
-    """Note each row's means and, seed by seed, what it gains on distillation without a memory."""
+    """Note each row's means and, seed by seed, what it gains on distillation without a memory.
+
+    Of a modality only those seeds count that all its rows have.
+    """
     for row in found["rows"]:
+        peers = [other for other in found["rows"] if other["modality"] == row["modality"]]
+        seeds = set.intersection(*({run["seed"] for run in peer["runs"]} for peer in peers))
         (plain,) = (
             other
             for other in found["rows"]
@@ -203,7 +208,7 @@ def summarise(found: Row) -> None:
         pairs = [
             (run, other)
             for run, other in product(row["runs"], plain["runs"])
-            if run["seed"] == other["seed"]
+            if run["seed"] == other["seed"] and run["seed"] in seeds
         ]
         row["seeds"] = len(pairs)
         for split in ("dev", "test") if len(pairs) > 1 else ():

@@ -212,35 +212,38 @@ MEMORY_PICTURE = "The gains of the tables above, drawn with their confidence int
 def relation_memory(documents: Sequence[Row]) -> str:
     """A table for each corpus of what memories gain, what they come to, and how it was measured."""
     pieces = []
-    for document in documents:
+    measured = [document for document in documents if _measured(document)]
+    for document in measured:
         lines = []
-        for row in document["rows"]:
+        for row in _measured(document):
             student = f"{row['modality']}, batches of {row['batch_size']}"
             memory = row["memory_size"] if row["distilled"] else "labels alone"
             cells = [f"{100 * row['dev']['mean']:.2f}", f"{100 * row['test']['mean']:.2f}"]
             cells += [_gain(row[split], _is_plain(row)) for split in SCORED]
             lines.append([student, str(memory or "none"), *cells])
-        seeds = min(row["seeds"] for row in document["rows"])
+        seeds = min(row["seeds"] for row in _measured(document))
         heads = ["Student", "Memory", "Dev", "Test", "Gain on dev", "Gain on test"]
         title = f"{document['corpus'].upper()}: weighted F1 in percent, means over {seeds} seeds"
         pieces.append(table(title, heads, lines))
     pieces += [picture(f"relation-memory-{theme}.svg", theme, MEMORY_PICTURE) for theme in COLOURS]
-    pieces.append(_memory_verdict(documents))
+    pieces.append(_memory_verdict(measured))
     pieces += [_left_out(document) for document in documents]
-    pieces += [_provenance(document) for document in documents]
+    pieces += [_provenance(document) for document in measured]
     return "\n".join(pieces)
 
 
 def relation_memory_picture(documents: Sequence[Row], theme: str) -> bytes:
     """Draw the gains: a panel per corpus and batch size, a mark per student, memory and split."""
     colours = COLOURS[theme]
+    documents = [document for document in documents if _measured(document)]
     panels = [
         (document, size)
         for document in documents
         for size in dict.fromkeys(row["batch_size"] for row in document["rows"])
     ]
     columns = len(panels) // len(documents)
-    figure = Figure(figsize=(8.6, 5.6), layout="constrained", facecolor="none")
+    size = (8.6, 0.6 + 2.5 * len(documents))
+    figure = Figure(figsize=size, layout="constrained", facecolor="none")
     grid = figure.subplots(len(documents), columns, sharex=True, squeeze=False)
     for axes, (document, size) in zip(grid.flat, panels, strict=True):
         dress(axes, colours)
@@ -298,6 +301,11 @@ def _memory_verdict(documents: Sequence[Row]) -> str:
 
 def _left_out(document: Row) -> str:
     """Who was not measured, and why."""
+    if not _measured(document):
+        return (
+            f"{document['corpus'].upper()} is not measured in this version; "
+            f"``{document['command']}`` does it.\n"
+        )
     there = {row["modality"] for row in document["rows"]}
     absent = [row for row in document["rates"] if row["modality"] not in there]
     names = " and ".join(dict.fromkeys(row["modality"] for row in absent))
@@ -313,8 +321,13 @@ def _left_out(document: Row) -> str:
     )
 
 
+def _measured(document: Row) -> list[Row]:
+    """The rows that have an interval, which takes two seeds."""
+    return [row for row in document["rows"] if row["seeds"] > 1]
+
+
 def _with_memory(document: Row) -> list[Row]:
-    return [row for row in document["rows"] if row["memory_size"]]
+    return [row for row in _measured(document) if row["memory_size"]]
 
 
 def _is_plain(row: Row) -> bool:

@@ -55,6 +55,16 @@ def test_gains_whose_interval_leaves_out_zero_are_bold_and_counted(pages: Module
     assert "The visual students of MELD are left out: in batches of 4 they scored 25.00" in text
 
 
+def test_a_corpus_that_is_not_measured_is_said_to_be_none(pages: ModuleType) -> None:
+    whole, begun = documents(row(0, 0.0, 0.0), row(16, 0.006, 0.004))
+    begun["rows"] = [{**each, "seeds": 1} for each in begun["rows"]]
+    text = pages.relation_memory([whole, begun])
+    assert "IEMOCAP is not measured in this version; ``iemocap`` does it." in text
+    assert "Of 2 gains" in text
+    assert "IEMOCAP: weighted" not in text
+    assert pages.relation_memory_picture([whole, begun], "light")
+
+
 @pytest.mark.parametrize(
     ("gain", "verdict"),
     [
