@@ -128,6 +128,7 @@ def document(corpus: str, modalities: Sequence[str]) -> Row:
         "command": f"python -m benchmarks.bench_relation_memory {corpus} FOLDER",
         "device": "cpu",
         "corpus": corpus,
+        "seeds": SEEDS,
         "confidence": CONFIDENCE,
         "epochs": {str(size): count for size, count in EPOCHS[corpus].items()},
         "versions": machine.versions("cpu"),

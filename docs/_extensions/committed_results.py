@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
+from statistics import median
 from textwrap import indent
 from typing import Any
 
@@ -223,7 +224,10 @@ def relation_memory(documents: Sequence[Row]) -> str:
             lines.append([student, str(memory or "none"), *cells])
         seeds = min(row["seeds"] for row in _measured(document))
         heads = ["Student", "Memory", "Dev", "Test", "Gain on dev", "Gain on test"]
-        title = f"{document['corpus'].upper()}: weighted F1 in percent, means over {seeds} seeds"
+        title = (
+            f"{document['corpus'].upper()}: weighted F1 in percent, means over {seeds} of "
+            f"{document['seeds']} seeds"
+        )
         pieces.append(table(title, heads, lines))
     pieces += [picture(f"relation-memory-{theme}.svg", theme, MEMORY_PICTURE) for theme in COLOURS]
     pieces.append(_memory_verdict(measured))
@@ -295,7 +299,9 @@ def _memory_verdict(documents: Sequence[Row]) -> str:
     return (
         f"**{verdict}** Of {len(gains)} gains, the interval of {better} lies above 0 and that of "
         f"{worse} below; if no memory made a difference, some {chance:.1f} in all would leave out "
-        f"0. They go from {_gain(smallest, False)} to {_gain(largest, False)} points.\n"
+        f"0. They go from {_gain(smallest, False)} to {_gain(largest, False)} points. Half of the "
+        f"intervals are wider than ±{100 * median(gain['interval'] for gain in gains):.2f}: what is "
+        "smaller cannot be seen here.\n"
     )
 
 

@@ -33,7 +33,7 @@ def documents(*rows: dict[str, Any]) -> list[dict[str, Any]]:
         {"modality": "visual", "batch_size": 64, "dev": {"0.1": 0.3, "0.2": 0.35}},
     ]
     shared = {"device": "cpu", "confidence": 0.95, "versions": {"torch": "2"}, "rows": [*rows]}
-    shared |= {"rates": rates, "commonest": 0.25}
+    shared |= {"seeds": 12, "rates": rates, "commonest": 0.25}
     return [{**shared, "corpus": corpus, "command": corpus} for corpus in ("meld", "iemocap")]
 
 
@@ -50,7 +50,8 @@ def test_gains_whose_interval_leaves_out_zero_are_bold_and_counted(pages: Module
     assert "Of 8 gains, the interval of 2 lies above 0 and that of 2 below" in text
     assert "some 0.4 in all" in text  # labels alone are no memory
     assert "from **−1.00 ± 0.50** to **+0.61 ± 0.50** points." in text
-    assert "MELD: weighted F1 in percent, means over 10 seeds" in text
+    assert "Half of the intervals are wider than ±0.50" in text
+    assert "MELD: weighted F1 in percent, means over 10 of 12 seeds" in text
     assert text.count("labels alone") == 2
     assert "The visual students of MELD are left out: in batches of 4 they scored 25.00" in text
 
