@@ -273,7 +273,13 @@ def relation_memory_picture(documents: Sequence[Row], theme: str) -> bytes:
         axes.set_ylim(len(rows) - 0.5, -0.5)
     for axes in grid[-1]:
         axes.set_xlabel("Gain in weighted F1, points", size=8.5, color=colours["muted"])
-    legend = grid[0, -1].legend(frameon=False, fontsize=8)
+    legend = figure.legend(
+        *grid[0, 0].get_legend_handles_labels(),
+        loc="outside upper right",
+        ncols=2,
+        frameon=False,
+        fontsize=8,
+    )
     for text in legend.get_texts():
         text.set_color(colours["ink"])
     return svg(figure)
@@ -289,6 +295,7 @@ def _memory_verdict(documents: Sequence[Row]) -> str:
         choose(gains, key=lambda gain: float(gain["gain"])) for choose in (min, max)
     )
     # Chance would put half of its share on either side; gains of one student hang together.
+    width = 100 * median(gain["interval"] for gain in gains)
     helps, harms = better > 2 * chance, worse > 2 * chance
     verdict = {
         (True, True): "A memory helps here and harms there; see which.",
@@ -300,8 +307,7 @@ def _memory_verdict(documents: Sequence[Row]) -> str:
         f"**{verdict}** Of {len(gains)} gains, the interval of {better} lies above 0 and that of "
         f"{worse} below; if no memory made a difference, some {chance:.1f} in all would leave out "
         f"0. They go from {_gain(smallest, False)} to {_gain(largest, False)} points. Half of the "
-        f"intervals are wider than ±{100 * median(gain['interval'] for gain in gains):.2f}: what is "
-        "smaller cannot be seen here.\n"
+        f"intervals are wider than ±{width:.2f}: what is smaller cannot be seen here.\n"
     )
 
 
