@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -38,6 +38,9 @@ WEIGHTS = "model.safetensors"
 OUTPUTS = "outputs.safetensors"
 STAGE = "stage.json"
 CHECKPOINTS = "checkpoints"
+
+Outputs: TypeAlias = Mapping[str, Mapping[str, Tensor]]
+"""For each split the fields of a model's output, each ``[N, ...]``."""
 
 
 @dataclass(frozen=True)
@@ -77,25 +80,33 @@ def obtain(
     title: str,
     settings: Mapping[str, JSON],
     compute: Callable[[str], "Trained"],
+    evaluate: Callable[[Mapping[str, Tensor]], Outputs],
 ) -> Artifact:
     """Take a stage from its folder, or compute it and put it there.
 
     Prints one line: the stage was kept, or what it scored and how long it took. A stage with other
-    settings is computed again; so is a damaged one, after a warning.
+    settings is computed again; so is a damaged one, after a warning. Where only its outputs are
+    damaged, they are computed again from its weights, and nothing is trained.
 
     Args:
         folder: Of this stage alone.
         title: Of the stage, for that line.
         settings: Everything that the result depends on, upstream identities included.
         compute: Trains it, given the fingerprint of its settings.
+        evaluate: Computes its outputs, given its weights.
 
     Returns:
         The stage.
     """
     fingerprint = _fingerprint(settings)
-    artifact = processes.tell(_find(folder, title, fingerprint) if processes.first() else None)
-    kept = artifact is not None
-    if artifact is None:
+    artifact, mute = processes.tell(
+        _find(folder, title, fingerprint) if processes.first() else (None, False)
+    )
+    kept = mute or artifact is not None
+    if mute:
+        outputs = evaluate(load_file(folder / WEIGHTS))
+        artifact = processes.tell(_mend(folder, outputs) if processes.first() else None)
+    elif artifact is None:
         trained = compute(fingerprint)
         artifact = processes.tell(
             _write(folder, fingerprint, settings, trained) if processes.first() else None
@@ -222,13 +233,25 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _find(folder: Path, title: str, fingerprint: str) -> Artifact | None:
-    """Read a stage; a damaged one is as good as none, but for a warning."""
+def _find(folder: Path, title: str, fingerprint: str) -> tuple[Artifact | None, bool]:
+    """Read a stage; a damaged one is as good as none, but for a warning.
+
+    Returns:
+        The stage, if it is whole; and whether it lacks nothing but its outputs.
+    """
     try:
-        return _read(folder, fingerprint)
+        stage = _read(folder, fingerprint)
     except DamageError as damage:
-        print(f"warning: {title}: {damage}; computing it again", file=sys.stderr, flush=True)
-        return None
+        _warn(f"{title}: {damage}; computing it again")
+        return None, False
+    if stage is None:
+        return None, False
+    try:
+        verify(folder, {OUTPUTS: stage["files"][OUTPUTS]})
+    except DamageError as damage:
+        _warn(f"{title}: {damage}; computing them again from its weights")
+        return None, True
+    return _artifact(folder, stage), False
 
 
 def open_stage(folder: Path) -> Artifact | None:
@@ -265,15 +288,19 @@ def verify(folder: Path, files: Mapping[str, str]) -> None:
             raise DamageError(f"{name} is damaged")
 
 
-def _read(folder: Path, fingerprint: str) -> Artifact | None:
-    """Verify what is there; ``None`` if there is nothing, or something with other settings."""
+def _warn(what: str) -> None:
+    print(f"warning: {what}", file=sys.stderr, flush=True)
+
+
+def _read(folder: Path, fingerprint: str) -> dict[str, Any] | None:
+    """Read a record and verify its weights; ``None`` if it is not there, or of other settings."""
     if not (folder / STAGE).exists():
         return None
     stage = read_record(folder / STAGE)
     if stage["fingerprint"] != fingerprint:
         return None
-    verify(folder, stage["files"])
-    return _artifact(folder, stage)
+    verify(folder, {WEIGHTS: stage["files"][WEIGHTS]})
+    return stage
 
 
 def _fingerprint(settings: Mapping[str, JSON]) -> str:
@@ -286,13 +313,8 @@ def _write(
     folder.mkdir(parents=True, exist_ok=True)
     # From here until the new one stands, the folder holds no valid stage.
     (folder / STAGE).unlink(missing_ok=True)
-    outputs = {
-        f"{split}.{name}": values.contiguous()
-        for split, fields in trained.outputs.items()
-        for name, values in fields.items()
-    }
     write_tensors(folder / WEIGHTS, trained.weights)
-    write_tensors(folder / OUTPUTS, outputs)
+    _write_outputs(folder, trained.outputs)
     stage: dict[str, JSON] = {
         "fingerprint": fingerprint,
         "settings": settings,
@@ -301,6 +323,26 @@ def _write(
     }
     write_record(folder / STAGE, stage)
     return _artifact(folder, stage)
+
+
+def _mend(folder: Path, outputs: Outputs) -> Artifact:
+    """Put the outputs of a stage back; where other bits came out, they are its outputs from now."""
+    stage = read_record(folder / STAGE)
+    _write_outputs(folder, outputs)
+    digest = file_sha256(folder / OUTPUTS)
+    if digest != stage["files"][OUTPUTS]:
+        stage["files"][OUTPUTS] = digest
+        write_record(folder / STAGE, stage)
+    return _artifact(folder, stage)
+
+
+def _write_outputs(folder: Path, outputs: Outputs) -> None:
+    tensors = {
+        f"{split}.{name}": values.contiguous()
+        for split, fields in outputs.items()
+        for name, values in fields.items()
+    }
+    write_tensors(folder / OUTPUTS, tensors)
 
 
 def _artifact(folder: Path, stage: Mapping[str, Any]) -> Artifact:

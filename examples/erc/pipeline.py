@@ -15,12 +15,12 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
 
 import telme_kd
 from examples.erc import artifacts, encoding, processes
 from examples.erc import finished as finished_run
-from examples.erc.artifacts import CHECKPOINTS, Artifact
+from examples.erc.artifacts import CHECKPOINTS, Artifact, Outputs
 from examples.erc.checkpoint import Checkpoints
 from examples.erc.errors import InputError
 from examples.erc.fusion import ConcatenationHead, FrozenFeatures, ShiftingHead
@@ -36,6 +36,7 @@ from examples.erc.training import (
     Trained,
     check_parts,
     draw_batches,
+    evaluate,
     train,
 )
 
@@ -80,13 +81,15 @@ def run(
     systems = plan(source.modalities)
     finished: dict[int, dict[System, Artifact]] = {}
     with artifacts.exclusive(folder) if processes.first() else nullcontext():
+        count = len(source.targets("train"))
         processes.in_turn(lambda: source.prepare(folder))
+        check_size(source, recipe, hardware, skipped=count - len(source.targets("train")))
         if processes.first():
             encoding.keep(source, folder, command)
         for seed in seeds:
             story = Story(source, recipe, seed, folder / f"seed-{seed}", hardware, checkpoint_every)
             finished[seed] = {system: story.tell(system) for system in systems}
-        results = {**circumstances(source, recipe, command), **evaluate(source, finished)}
+        results = {**circumstances(source, recipe, command), **score(source, finished)}
         text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
         if processes.first():
             finished_run.keep(source, finished, folder)
@@ -145,18 +148,14 @@ class Story:
         recipe = self._recipe.teacher
         (modality,) = system.modalities
         source = self._seen_by(system)
-
-        def learn(checkpoints: Checkpoints) -> Trained:
-            return self._train(
-                system,
-                recipe.optimisation,
-                build=lambda: source.encoder(modality),
-                datasets={split: source.dataset(modality, split) for split in SPLITS},
-                objective=self._classification(),
-                checkpoints=checkpoints,
-            )
-
-        return self._obtain(system, {"recipe": asdict(recipe)}, learn)
+        return self._obtain(
+            system,
+            {"recipe": asdict(recipe)},
+            recipe.optimisation,
+            build=lambda: source.encoder(modality),
+            datasets=lambda: _encoder_inputs(source, modality),
+            objective=self._classification,
+        )
 
     def _distil(self, system: System) -> Artifact:
         """A student learns from the labels, and from what the frozen teacher said of each row."""
@@ -166,18 +165,14 @@ class Story:
         settings: dict[str, JSON] = {"recipe": asdict(recipe), "telme_kd": telme_kd.__version__}
         if system.distillation != "none":
             settings["teacher"] = teacher.identity
-
-        def learn(checkpoints: Checkpoints) -> Trained:
-            return self._train(
-                system,
-                recipe.optimisation,
-                build=lambda: self._source.encoder(modality),
-                datasets={split: self._source.dataset(modality, split) for split in SPLITS},
-                objective=self._distillation(recipe, teacher),
-                checkpoints=checkpoints,
-            )
-
-        return self._obtain(system, settings, learn)
+        return self._obtain(
+            system,
+            settings,
+            recipe.optimisation,
+            build=lambda: self._source.encoder(modality),
+            datasets=lambda: _encoder_inputs(self._source, modality),
+            objective=lambda: self._distillation(recipe, teacher),
+        )
 
     def _fuse(self, system: System) -> Artifact:
         """A head learns to fuse the features of the frozen encoders."""
@@ -190,24 +185,21 @@ class Story:
             "encoders": {modality: part.identity for modality, part in parts.items()},
         }
 
-        def learn(checkpoints: Checkpoints) -> Trained:
-            features = {
-                split: {
-                    modality: part.outputs(split)["features"] for modality, part in parts.items()
-                }
-                for split in SPLITS
-            }
-            widths = {modality: values.shape[1] for modality, values in features["train"].items()}
-            return self._train(
-                system,
-                recipe.optimisation,
-                build=lambda: head(widths, len(self._source.labels), recipe),
-                datasets={split: FrozenFeatures(features[split]) for split in SPLITS},
-                objective=self._classification(),
-                checkpoints=checkpoints,
-            )
+        def features(split: str) -> dict[str, Tensor]:
+            return {modality: part.outputs(split)["features"] for modality, part in parts.items()}
 
-        return self._obtain(system, settings, learn)
+        def build() -> nn.Module:
+            widths = {modality: values.shape[1] for modality, values in features("dev").items()}
+            return head(widths, len(self._source.labels), recipe)
+
+        return self._obtain(
+            system,
+            settings,
+            recipe.optimisation,
+            build=build,
+            datasets=lambda: {split: FrozenFeatures(features(split)) for split in SPLITS},
+            objective=self._classification,
+        )
 
     def _classification(self) -> Classification:
         return Classification(
@@ -230,32 +222,17 @@ class Story:
     def _seen_by(self, system: System) -> Source:
         return self._source if system.prompt else self._source.without_prompt()
 
-    def _train(
+    def _obtain(
         self,
         system: System,
+        settings: Mapping[str, JSON],
         optimisation: Optimisation,
         *,
         build: Callable[[], nn.Module],
-        datasets: Mapping[str, Dataset],
-        objective: Objective,
-        checkpoints: Checkpoints,
-    ) -> Trained:
-        return train(
-            build,
-            objective,
-            datasets,
-            self._source.targets("dev"),
-            optimisation,
-            seed=self._seed,
-            hardware=self._hardware,
-            title=self._title(system),
-            checkpoints=checkpoints,
-            lengths=self._lengths,
-        )
-
-    def _obtain(
-        self, system: System, settings: Mapping[str, JSON], learn: Callable[[Checkpoints], Trained]
+        datasets: Callable[[], Mapping[str, Dataset]],
+        objective: Callable[[], Objective],
     ) -> Artifact:
+        """Take a stage from its folder, or do what it lacks; only then is its input made."""
         common: dict[str, JSON] = {
             "system": system.describe(),
             "source": self._seen_by(system).describe(system.modalities),
@@ -265,14 +242,29 @@ class Story:
             "classification": asdict(self._recipe.classification),
         }
         folder, title = self._folder / system.key.replace("/", "-"), self._title(system)
-        return artifacts.obtain(
-            folder,
-            title,
-            {**common, **settings},
-            lambda fingerprint: learn(
-                Checkpoints(folder / CHECKPOINTS, fingerprint, self._checkpoint_every, title)
-            ),
-        )
+
+        def learn(fingerprint: str) -> Trained:
+            return train(
+                build,
+                objective(),
+                datasets(),
+                self._source.targets("dev"),
+                optimisation,
+                seed=self._seed,
+                hardware=self._hardware,
+                title=title,
+                checkpoints=Checkpoints(
+                    folder / CHECKPOINTS, fingerprint, self._checkpoint_every, title
+                ),
+                lengths=self._lengths,
+            )
+
+        def say(weights: Mapping[str, Tensor]) -> Outputs:
+            return evaluate(
+                build, weights, datasets(), optimisation.batch_size, self._hardware, self._lengths
+            )
+
+        return artifacts.obtain(folder, title, {**common, **settings}, learn, say)
 
     def _title(self, system: System) -> str:
         return f"{self._source.title}, seed {self._seed}, {system.key}"
@@ -289,24 +281,30 @@ def _as_taught(recipe: StudentRecipe, distillation: str | None) -> StudentRecipe
     return recipe
 
 
-def check_size(source: Source, recipe: Recipe, hardware: Hardware) -> None:
-    """Refuse a corpus that is too small to be trained on.
+def _encoder_inputs(source: Source, modality: str) -> dict[str, Dataset]:
+    return {split: source.dataset(modality, split) for split in SPLITS}
+
+
+def check_size(source: Source, recipe: Recipe, hardware: Hardware, skipped: int = 0) -> None:
+    """Refuse a training split that is too small, of which so many rows were skipped.
 
     Raises:
         InputError: So it is.
     """
     count = len(source.targets("train"))
+    left = f" after {skipped} with bad clips were skipped" if skipped else ""
     if count < SMALLEST_BATCH:
+        remedy = "; mask bad clips instead, or mend them" if skipped else ""
         raise InputError(
-            f"{source.title}: expected at least {SMALLEST_BATCH} utterances in train, got {count}; "
-            "distillation compares the utterances of a batch with each other"
+            f"{source.title}: expected at least {SMALLEST_BATCH} utterances in train, got {count}"
+            f"{left}; distillation compares the utterances of a batch with each other{remedy}"
         )
     for stage in (recipe.teacher, recipe.student, recipe.fusion):
         batches = draw_batches(count, stage.optimisation.batch_size, Generator())
-        check_parts(batches, hardware.parts, source.title)
+        check_parts(batches, hardware.parts, source.title + left)
 
 
-def evaluate(source: Source, finished: Mapping[int, Mapping[System, Artifact]]) -> dict[str, JSON]:
+def score(source: Source, finished: Mapping[int, Mapping[System, Artifact]]) -> dict[str, JSON]:
     """Score every system: the end of the story.
 
     Args:

@@ -41,6 +41,7 @@ from examples.erc.objectives import Share, Stateful
 from examples.erc.random_state import RandomState
 from examples.erc.recipe import Optimisation
 from examples.erc.source import JSON, SPLITS, Dataset
+from telme_kd import accumulate_gradient
 
 SMALLEST_BATCH = 3
 """With one row a relation says nothing, and with two every correlation is 1 or -1."""
@@ -215,6 +216,46 @@ def train(
     return training.result()
 
 
+def evaluate(
+    build: Callable[[], nn.Module],
+    weights: Mapping[str, Tensor],
+    datasets: Mapping[str, Dataset],
+    batch_size: int,
+    hardware: Hardware,
+    lengths: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, dict[str, Tensor]]:
+    """Compute the outputs of a trained model again, as :func:`train` computed them.
+
+    Args:
+        build: Makes the model.
+        weights: Its state dict, as :class:`Trained` has it.
+        datasets: One for each split.
+        batch_size: That of the training.
+        hardware: What it runs on.
+        lengths: As for :func:`train`.
+
+    Returns:
+        As the ``outputs`` of :class:`Trained`.
+    """
+    # Mixed precision comes with it.
+    model = hardware.accelerator().prepare_model(build(), evaluation_mode=True)
+    return _say(model, weights, datasets, batch_size, lengths or {})
+
+
+def _say(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    datasets: Mapping[str, Dataset],
+    batch_size: int,
+    lengths: Mapping[str, Sequence[int]],
+) -> dict[str, dict[str, Tensor]]:
+    """What a model with these weights says about every split."""
+    model.load_state_dict(weights)
+    return {
+        split: compute(model, datasets[split], batch_size, lengths.get(split)) for split in SPLITS
+    }
+
+
 class _Training:
     """A stage in training: whatever changes from step to step is an attribute, and is saved.
 
@@ -316,8 +357,9 @@ class _Training:
 
     def result(self) -> Trained:
         """The best epoch, and what it says about every split."""
-        self._bare.load_state_dict(self._weights)
-        outputs = {split: self._compute_split(split) for split in SPLITS}
+        outputs = _say(
+            self._bare, self._weights, self._datasets, self._optimisation.batch_size, self._lengths
+        )
         return Trained(
             self._weights, outputs, tuple(self._history), self._best.epoch, self._seconds
         )
@@ -461,30 +503,34 @@ class _Training:
     def _accumulate(self, inputs: Sequence[Mapping[str, Tensor]], share: Share) -> Tensor:
         """Add up the gradient of the whole batch's loss, holding the graph of one part at a time.
 
-        The parts' outputs come first, without their graphs; the loss gives the gradient of each
-        output; and every part is computed once more, from the same state of its generators, to
-        send its share of that gradient back (gradient caching, Gao et al., RepL4NLP 2021).
+        A part goes through the model twice, both times from where its own generators stand, those
+        of Python and NumPy included, which the library leaves to its callers.
         """
-        with torch.no_grad():
-            outputs = [self._compute(part, values) for part, values in enumerate(inputs)]
-        kind, sizes = type(outputs[0]), [len(output[0]) for output in outputs]
-        leaves = [torch.cat(fields).requires_grad_() for fields in zip(*outputs, strict=True)]
-        loss = self._objective(kind(*leaves), share)
-        gradients = [
-            None if gradient is None else torch.split(gradient, sizes)
-            for gradient in torch.autograd.grad(loss, leaves, allow_unused=True)
-        ]
-        for part, values in enumerate(inputs):
-            last = part == len(inputs) - 1
-            with nullcontext() if last else self._accelerator.no_sync(self._model):
-                output = self._compute(part, values)
-                self._streams[part] = random_state.read(self._device)
-                surrogate = sum(
-                    (field * gradient[part]).sum()
-                    for field, gradient in zip(output, gradients, strict=True)
-                    if gradient is not None
-                )
-                self._accelerator.backward(surrogate)
+        ends = [*self._streams]
+        kind: Any = None
+        loss = torch.zeros(())
+
+        def forward(part: int) -> Any:  # noqa: ANN401
+            nonlocal kind
+            random_state.restore(self._streams[part], self._device)
+            output = self._model(**inputs[part])
+            ends[part] = random_state.read(self._device)
+            kind = type(output)
+            return output
+
+        def criterion(*fields: Tensor) -> Tensor:
+            nonlocal loss
+            loss = self._objective(kind(*fields), share)
+            scaler = self._accelerator.scaler
+            return loss if scaler is None else scaler.scale(loss)
+
+        accumulate_gradient(
+            range(len(inputs)),
+            forward,
+            criterion,
+            no_sync=lambda: self._accelerator.no_sync(self._model),
+        )
+        self._streams = ends
         return loss
 
     def _compute_split(self, split: str) -> dict[str, Tensor]:
@@ -494,10 +540,6 @@ class _Training:
             self._optimisation.batch_size,
             self._lengths.get(split),
         )
-
-    def _compute(self, part: int, values: Mapping[str, Tensor]) -> Any:  # noqa: ANN401
-        random_state.restore(self._streams[part], self._device)
-        return self._model(**values)
 
 
 @contextmanager

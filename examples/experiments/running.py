@@ -10,7 +10,7 @@ from tqdm import tqdm
 from examples.erc import artifacts, processes
 from examples.erc.artifacts import Artifact
 from examples.erc.errors import InputError
-from examples.erc.pipeline import RESULTS, Story, check_size, circumstances, evaluate
+from examples.erc.pipeline import RESULTS, Story, check_size, circumstances, score
 from examples.erc.recipe import Recipe
 from examples.erc.results import as_text
 from examples.erc.source import JSON, SPLITS, Source
@@ -99,7 +99,9 @@ def run(
         check_size(source, recipe, hardware)
     with artifacts.exclusive(folder) if processes.first() else nullcontext():
         if systems:
+            count = len(source.targets("train"))
             processes.in_turn(lambda: source.prepare(folder))
+            check_size(source, recipe, hardware, skipped=count - len(source.targets("train")))
         finished: dict[int, dict[System, Artifact]] = {}
         with tqdm(
             total=len(seeds) * len(systems),
@@ -117,7 +119,7 @@ def run(
                     progress.update()
         results: dict[str, JSON] = {
             **circumstances(source, recipe, command),
-            **evaluate(source, finished),
+            **score(source, finished),
             "name": name,
             "modalities": modalities,
             "experiments": [experiment.name for experiment in experiments],

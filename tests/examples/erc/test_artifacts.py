@@ -1,14 +1,15 @@
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from examples.erc import artifacts
-from examples.erc.artifacts import Artifact, canonical, exclusive, obtain, replace
+from examples.erc.artifacts import Artifact, Outputs, canonical, exclusive, obtain, replace
 from examples.erc.errors import InputError
 from examples.erc.training import Epoch, Trained
 
@@ -29,13 +30,17 @@ def trained(fingerprint: str = "", value: float = 1.0) -> Trained:
     )
 
 
-def never(fingerprint: str) -> Trained:
+def said(weights: Mapping[str, torch.Tensor]) -> Outputs:
+    return trained(value=weights["layer.weight"][0, 0].item()).outputs
+
+
+def never(given: object) -> Any:
     raise AssertionError("computed again")
 
 
 @pytest.fixture
 def stage(tmp_path: Path) -> Artifact:
-    return obtain(tmp_path / "stage", "a stage", SETTINGS, trained)
+    return obtain(tmp_path / "stage", "a stage", SETTINGS, trained, never)
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -45,7 +50,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 def test_obtain_writes_everything_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stage = obtain(tmp_path / "stage", "a stage", SETTINGS, trained)
+    stage = obtain(tmp_path / "stage", "a stage", SETTINGS, trained, never)
     assert sorted(snapshot(stage.folder)) == sorted(FILES)
     assert torch.equal(
         load_file(stage.folder / "model.safetensors")["layer.weight"], torch.ones(2, 3)
@@ -63,7 +68,7 @@ def test_obtain_keeps_what_has_the_same_settings(
 ) -> None:
     before = snapshot(stage.folder)
     capsys.readouterr()
-    assert obtain(stage.folder, "a stage", {**SETTINGS}, never) == stage
+    assert obtain(stage.folder, "a stage", {**SETTINGS}, never, never) == stage
     assert snapshot(stage.folder) == before
     assert capsys.readouterr().out == "a stage: kept, dev 50.00 (epoch 2 of 2), 1.5 s\n"
 
@@ -72,7 +77,13 @@ def test_obtain_keeps_what_has_the_same_settings(
 def test_obtain_computes_again_for_other_settings(
     stage: Artifact, settings: dict[str, object], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    again = obtain(stage.folder, "a stage", settings, lambda fingerprint: trained(fingerprint, 2.0))  # type: ignore[arg-type]
+    again = obtain(
+        stage.folder,
+        "a stage",
+        settings,  # type: ignore[arg-type]
+        lambda fingerprint: trained(fingerprint, 2.0),
+        never,
+    )
     assert again.identity != stage.identity
     assert torch.equal(again.outputs("test")["features"], torch.full((4, 2), 2.0))
     assert capsys.readouterr().err == ""
@@ -92,7 +103,7 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", ["model.safetensors", "stage.json"])
 @pytest.mark.parametrize("spoil", [flip, truncate, empty])
 def test_obtain_repairs_damage_with_a_warning(
     stage: Artifact,
@@ -102,7 +113,7 @@ def test_obtain_repairs_damage_with_a_warning(
 ) -> None:
     before = snapshot(stage.folder)
     spoil(stage.folder / name)
-    assert obtain(stage.folder, "a stage", SETTINGS, trained) == stage
+    assert obtain(stage.folder, "a stage", SETTINGS, trained, never) == stage
     assert capsys.readouterr().err == f"warning: a stage: {name} is damaged; computing it again\n"
     assert snapshot(stage.folder) == before
 
@@ -114,7 +125,7 @@ def test_every_flipped_bit_and_cut_is_found(
     class Again(Exception):
         pass
 
-    def again(fingerprint: str) -> Trained:
+    def again(given: object) -> Any:
         raise Again
 
     path = stage.folder / name
@@ -130,26 +141,62 @@ def test_every_flipped_bit_and_cut_is_found(
     for damaged in spoiled:
         path.write_bytes(damaged)
         with pytest.raises(Again):
-            obtain(stage.folder, "a stage", SETTINGS, again)
+            obtain(stage.folder, "a stage", SETTINGS, again, again)
         assert capsys.readouterr().err.startswith(f"warning: a stage: {name} is damaged; comput")
     path.write_bytes(data)
-    assert obtain(stage.folder, "a stage", SETTINGS, never) == stage
+    assert obtain(stage.folder, "a stage", SETTINGS, never, never) == stage
 
 
-@pytest.mark.parametrize("name", FILES[:2])
-def test_obtain_repairs_a_missing_file(
-    stage: Artifact, name: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("spoil", [flip, truncate, empty, Path.unlink])
+def test_damaged_outputs_are_computed_from_the_weights(
+    stage: Artifact, spoil: Callable[[Path], object], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (stage.folder / name).unlink()
-    assert obtain(stage.folder, "a stage", SETTINGS, trained) == stage
-    assert f"{name} is missing" in capsys.readouterr().err
+    before = snapshot(stage.folder)
+    spoil(stage.folder / "outputs.safetensors")
+    assert obtain(stage.folder, "a stage", SETTINGS, never, said) == stage
+    printed = capsys.readouterr()
+    how = "missing" if spoil is Path.unlink else "damaged"
+    assert printed.err == (
+        f"warning: a stage: outputs.safetensors is {how}; computing them again from its weights\n"
+    )
+    assert printed.out.endswith("a stage: kept, dev 50.00 (epoch 2 of 2), 1.5 s\n")
+    assert snapshot(stage.folder) == before
+
+
+def test_outputs_that_come_out_otherwise_make_another_stage(stage: Artifact) -> None:
+    flip(stage.folder / "outputs.safetensors")
+    other = trained(value=1.5).outputs
+
+    mended = obtain(stage.folder, "a stage", SETTINGS, never, lambda weights: other)
+
+    assert mended.identity != stage.identity
+    assert mended.record == stage.record
+    assert obtain(stage.folder, "a stage", SETTINGS, never, never) == mended
+    assert torch.equal(mended.outputs("dev")["features"], torch.full((4, 2), 1.5))
+
+
+def test_weights_are_verified_before_they_are_used(
+    stage: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in FILES[:2]:
+        flip(stage.folder / name)
+    assert obtain(stage.folder, "a stage", SETTINGS, trained, never) == stage
+    assert "model.safetensors is damaged; computing it again" in capsys.readouterr().err
+
+
+def test_obtain_repairs_missing_weights(
+    stage: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (stage.folder / "model.safetensors").unlink()
+    assert obtain(stage.folder, "a stage", SETTINGS, trained, never) == stage
+    assert "model.safetensors is missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("score", ["0.9", "NaN", '"high"'])
 def test_obtain_does_not_believe_an_edited_score(stage: Artifact, score: str) -> None:
     path = stage.folder / "stage.json"
     path.write_text(path.read_text().replace("0.5", score))
-    again = obtain(stage.folder, "a stage", SETTINGS, trained)
+    again = obtain(stage.folder, "a stage", SETTINGS, trained, never)
     assert again.record["history"][1]["dev_weighted_f1"] == 0.5
 
 
@@ -172,21 +219,25 @@ def test_an_interrupted_write_is_never_valid(
     monkeypatch.setattr(artifacts, "save_file", save_and_die)
     other = {**SETTINGS, "rate": 0.3}
     with pytest.raises(death):
-        obtain(stage.folder, "a stage", other, lambda fingerprint: trained(fingerprint, 3.0))
+        obtain(stage.folder, "a stage", other, lambda fingerprint: trained(fingerprint, 3.0), never)
     monkeypatch.undo()
     assert not (stage.folder / "stage.json").exists()
     assert not list(stage.folder.glob(".*"))
-    again = obtain(stage.folder, "a stage", other, lambda fingerprint: trained(fingerprint, 4.0))
+    again = obtain(
+        stage.folder, "a stage", other, lambda fingerprint: trained(fingerprint, 4.0), never
+    )
     assert torch.equal(again.outputs("train")["features"], torch.full((4, 2), 4.0))
 
 
 def test_identity_tells_content_apart_under_the_same_settings(tmp_path: Path) -> None:
-    one = obtain(tmp_path / "one", "one", SETTINGS, lambda fingerprint: trained(fingerprint, 1.0))
+    one = obtain(
+        tmp_path / "one", "one", SETTINGS, lambda fingerprint: trained(fingerprint, 1.0), never
+    )
     same = obtain(
-        tmp_path / "same", "same", SETTINGS, lambda fingerprint: trained(fingerprint, 1.0)
+        tmp_path / "same", "same", SETTINGS, lambda fingerprint: trained(fingerprint, 1.0), never
     )
     other = obtain(
-        tmp_path / "other", "other", SETTINGS, lambda fingerprint: trained(fingerprint, 2.0)
+        tmp_path / "other", "other", SETTINGS, lambda fingerprint: trained(fingerprint, 2.0), never
     )
     assert one.identity == same.identity != other.identity
 

@@ -1,11 +1,12 @@
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -136,6 +137,12 @@ def test_an_interrupted_run_goes_on_to_the_same_end(
     assert without_times(again) == without_times(whole)
 
 
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 4
+    path.write_bytes(data)
+
+
 def test_a_damaged_teacher_is_trained_again_and_its_students_kept(
     source: FeatureSource,
     tmp_path: Path,
@@ -143,14 +150,46 @@ def test_a_damaged_teacher_is_trained_again_and_its_students_kept(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     first = tell(source, tmp_path)
-    outputs = tmp_path / "seed-0" / "text" / "outputs.safetensors"
-    data = bytearray(outputs.read_bytes())
-    data[-1] ^= 4
-    outputs.write_bytes(data)
+    flip_a_bit(tmp_path / "seed-0" / "text" / "model.safetensors")
     trained = count_training(monkeypatch)
     assert without_times(tell(source, tmp_path)) == without_times(first)
     assert trained == ["text"]
-    assert "outputs.safetensors is damaged" in capsys.readouterr().err
+    assert "model.safetensors is damaged" in capsys.readouterr().err
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Let the test choose the precision, which otherwise stays as it was chosen first."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_damaged_outputs_are_said_again_to_the_bit_and_nothing_is_trained(
+    source: FeatureSource,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    precision: Literal["no", "bf16"],
+) -> None:
+    hardware = Hardware("cpu", precision)
+    first = run(source, RECIPE, (0,), tmp_path, hardware, "")
+    damaged = [
+        tmp_path / "seed-0" / stage / "outputs.safetensors"
+        for stage in ("text", "audio-response+feature", "text+audio-shifting-response+feature")
+    ]
+    before = [path.read_bytes() for path in damaged]
+    for path in damaged:
+        flip_a_bit(path)
+    trained = count_training(monkeypatch)
+
+    assert run(source, RECIPE, (0,), tmp_path, hardware, "") == first
+
+    assert trained == []
+    assert [path.read_bytes() for path in damaged] == before
+    assert capsys.readouterr().err.count("computing them again from its weights") == 3
 
 
 def all_but(*unchanged: str) -> set[str]:
@@ -273,6 +312,37 @@ def test_run_refuses_a_train_split_of_two_rows(
     with pytest.raises(InputError, match="at least 3 utterances in train, got 2"):
         tell(source, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("left", "hardware", "message"),
+    [
+        (2, CPU, "at least 3 utterances in train, got 2 after 38 with bad clips were skipped; .*"
+         "mask bad clips instead"),
+        (3, Hardware("cpu", accumulation=4), "MELD after 37 with bad clips were skipped: expected "
+         "at least 4 rows in every batch"),
+    ],
+)  # fmt: skip
+def test_run_refuses_a_train_split_of_which_too_little_is_left(
+    source: FeatureSource,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    left: int,
+    hardware: Hardware,
+    message: str,
+) -> None:
+    given, prepared = FeatureSource.targets, []
+
+    def targets(self: FeatureSource, split: str) -> Tensor:
+        return given(self, split)[: left if prepared else None]
+
+    monkeypatch.setattr(FeatureSource, "targets", targets)
+    monkeypatch.setattr(FeatureSource, "prepare", lambda self, folder: prepared.append(folder))
+    trained = count_training(monkeypatch)
+    with pytest.raises(InputError, match=message):
+        run(source, RECIPE, (0,), tmp_path, hardware, "")
+    assert prepared == [tmp_path]
+    assert trained == []
 
 
 def test_every_fingerprint_names_the_source(source: FeatureSource, tmp_path: Path) -> None:
