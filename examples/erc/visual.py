@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from examples.erc.clips import ClipStore
@@ -72,9 +71,10 @@ class FrameFitter:
             ``[F, 3, H, W]``.
         """
         batch = self._processor.preprocess(
-            [[Image.fromarray(picture) for picture in pictures]],
+            [list(pictures)],
             do_rescale=False,
             do_normalize=False,
+            input_data_format="channels_last",  # a picture may be three pixels high
             return_tensors="np",
         )
         fitted: npt.NDArray[np.uint8] = batch["pixel_values"][0].astype(np.uint8)
