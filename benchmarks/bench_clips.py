@@ -1,16 +1,14 @@
-"""What preparing clips costs, beside what one would do without it.
+"""What the pipeline takes for a stage, beside what the released code would do.
 
-Two corpora are rendered: films of dialogues with many turns each, as IEMOCAP has them, and short
-films with sound, as MELD has them. Two questions are measured.
+Two corpora are rendered: films of dialogues with many turns each, as long and as large as those of
+IEMOCAP, and the synthetic MELD, once as it is and once with larger pictures.
 
-- *Dialogues*: the pictures of all turns, from one pass through each film, against a scan per turn:
-  the film is opened anew for every turn and decoded from its beginning to the end of the turn. (The
-  released code decodes each film to its very end for each turn, which takes about twice as long.)
-  Both go through the same processes into the same kind of shards. The scan is measured on every
-  sixteenth turn, and both are given per turn.
-- *Epochs*: the inputs of an audio and a visual student for one epoch, decoded anew for every batch
-  against read from the cache, with what filling the cache took, and what opening it again takes,
-  which verifies every byte. Decoding anew is measured on every fourth batch, and given for all.
+- *Preparation*: the pictures of all turns of a dialogue, from one pass through its film, against a
+  scan per turn, for which the film is opened anew and decoded from its beginning to the end of the
+  turn; and against opening it anew for each turn, but entering it at a key frame. All go through
+  the same processes into the same kind of shards. The latter two are measured on every sixteenth
+  turn, and all are given per turn.
+- *Stages*: an epoch of each stage of the training; see :mod:`benchmarks.stages`.
 
 Run ``python -m benchmarks.bench_clips``; it writes
 ``benchmarks/results/<version>/clips--cpu.json``. The rendered corpora stay in ``--corpus``, as
@@ -18,12 +16,12 @@ rendering takes longer than measuring.
 """
 
 import argparse
+import json
 import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from fractions import Fraction
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,35 +30,27 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from tqdm import tqdm
-from transformers import (
-    TimesformerConfig,
-    VideoMAEImageProcessorPil,
-    Wav2Vec2Config,
-    Wav2Vec2FeatureExtractor,
-)
+from transformers import TimesformerConfig, VideoMAEImageProcessorPil
 
-from benchmarks import results
+from benchmarks import results, stages
 from benchmarks.machine import machines, versions
-from examples.erc import artifacts, pictures, sound
-from examples.erc.audio import AudioDataset, WaveformCollator
+from examples.erc import artifacts
 from examples.erc.cache import Cache
 from examples.erc.clips import ClipStore, Row, decode_clips
 from examples.erc.crew import Crew, Decoding
 from examples.erc.dialogue import Clip
 from examples.erc.pretrained import Pretrained
-from examples.erc.visual import FrameFitter, VisualDataset
+from examples.erc.source import SPLITS
+from examples.erc.visual import FrameFitter
+from examples.synthetic import face, meld, script
 
 COUNT = 8  # pictures of a turn, of 224 x 224, as the encoder of the paper wants them
-MAX_SECONDS = 30.0
-BATCH_SIZE = 8
 RATE = 25
-SOUND_RATE = 48_000
-SCAN_EVERY = 16
-DECODE_EVERY = 4
+EVERY = 16  # one of so many turns is taken alone
 
-SCAN = "benchmarks.scanning:scan"
 PASS = "examples.erc.pictures:decode"
-SOUND = "examples.erc.sound:decode"
+SCAN = "benchmarks.scanning:scan"
+LOOK = "benchmarks.scanning:look"
 
 
 @dataclass(frozen=True)
@@ -72,41 +62,38 @@ class Size:
         turns: Turns in each.
         turn_seconds: From the beginning of a turn to that of the next, a third of it a pause.
         film: Width and height of those films.
-        clips: Short films.
-        clip_seconds: Their length.
-        clip: Their width and height.
+        utterances: Of the synthetic MELD: in train, dev and test.
+        larger: Width and height to which its pictures are enlarged.
     """
 
     dialogues: int
     turns: int
     turn_seconds: float
     film: tuple[int, int]
-    clips: int
-    clip_seconds: float
-    clip: tuple[int, int]
+    utterances: tuple[int, int, int]
+    larger: tuple[int, int]
 
 
-FULL = Size(8, 64, 4.5, (720, 480), 500, 3.0, (640, 360))
-QUICK = Size(1, 32, 1.2, (64, 48), 16, 1.0, (64, 48))
+FULL = Size(8, 64, 4.5, (720, 480), (500, 50, 50), (640, 360))
+QUICK = Size(1, 32, 1.2, (64, 48), (24, 4, 4), (192, 144))
 
 
-def render(folder: Path, size: Size) -> tuple[list[Path], list[Path]]:
-    """Write both corpora, unless they are there.
+def render(folder: Path, size: Size) -> tuple[list[Path], dict[str, Path]]:
+    """Write the corpora, unless they are there.
 
     Returns:
-        The films of the dialogues, and the short ones.
+        The films of the dialogues; and the roots of the synthetic MELD, by what its pictures are.
     """
     films = [folder / f"dialogue{number:03}.avi" for number in range(size.dialogues)]
-    clips = [folder / f"clip{number:04}.mp4" for number in range(size.clips)]
     folder.mkdir(parents=True, exist_ok=True)
-    todo = [path for path in (*films, *clips) if not path.exists()]
-    for path in tqdm(todo, desc="rendering", unit="film", disable=None):
-        number = (films + clips).index(path)
-        if path.suffix == ".avi":
-            artifacts.replace(path, lambda partial: _write_film(partial, size, number))  # noqa: B023
-        else:
-            artifacts.replace(path, lambda partial: _write_clip(partial, size, number))  # noqa: B023
-    return films, clips
+    missing = [number for number, path in enumerate(films) if not path.exists()]
+    for number in tqdm(missing, desc="rendering", unit="film", disable=None):
+        artifacts.replace(films[number], lambda part: _write_film(part, size, number))  # noqa: B023
+    drawn = meld.write(folder, seed=stages.SEED, size=script.Size(*size.utterances))
+    width, height = size.larger
+    larger = folder / f"MELD.Raw-{width}x{height}"
+    stages.enlarge(drawn, larger, width, height)
+    return films, {f"{face.WIDTH} x {face.HEIGHT}": drawn, f"{width} x {height}": larger}
 
 
 def _write_film(path: Path, size: Size, number: int) -> None:
@@ -114,22 +101,6 @@ def _write_film(path: Path, size: Size, number: int) -> None:
     with av.open(str(path), "w", format="avi") as container:
         stream = container.add_stream("mpeg4", rate=RATE)
         _encode(container, stream, size.film, size.turns * size.turn_seconds, number)
-
-
-def _write_clip(path: Path, size: Size, number: int) -> None:
-    """A film with sound, key frames at most every 250 pictures, as x264 has them."""
-    with av.open(str(path), "w", format="mp4") as container:
-        video = container.add_stream("libx264", rate=RATE, options={"preset": "veryfast"})
-        audio = container.add_stream("aac", rate=SOUND_RATE, layout="stereo")
-        _encode(container, video, size.clip, size.clip_seconds, number)
-        times = np.arange(round(size.clip_seconds * SOUND_RATE)) / SOUND_RATE
-        tone = np.sin(2 * np.pi * (200 + number % 100 + 50 * np.sin(times)) * times)
-        frame = av.AudioFrame.from_ndarray(
-            np.stack([tone, 0.5 * tone]).astype(np.float32), format="fltp", layout="stereo"
-        )
-        frame.sample_rate, frame.pts, frame.time_base = SOUND_RATE, 0, Fraction(1, SOUND_RATE)
-        container.mux(audio.encode(frame))
-        container.mux(audio.encode(None))
 
 
 def _encode(
@@ -168,147 +139,69 @@ def turns(films: Sequence[Path], size: Size) -> list[Row]:
     return rows
 
 
-class Bench:
-    """Both measurements on the same corpora.
+class Preparation:
+    """The pictures of dialogues, prepared in three ways.
 
     Args:
-        size: How large.
-        corpus: Where the corpora are.
+        films: Of the dialogues.
+        size: How large they are.
         scratch: A folder for caches.
         workers: Processes for decoding.
     """
 
-    def __init__(self, size: Size, corpus: Path, scratch: Path, workers: int) -> None:
+    def __init__(self, films: Sequence[Path], size: Size, scratch: Path, workers: int) -> None:
+        self._films = films
         self._size = size
         self._scratch = scratch
         self._workers = workers
-        self._films, self._clips = render(corpus, size)
         self._fitter = FrameFitter(Pretrained(str(_visual_folder(scratch / "visual"))))
-        self._collator = WaveformCollator(Pretrained(str(_audio_folder(scratch / "audio"))))
 
-    def dialogues(self) -> dict[str, Any]:
-        """One pass for each film against one scan for each turn."""
+    def measure(self) -> dict[str, Any]:
+        """One pass for each film against one scan, and one look, for each turn."""
         rows = turns(self._films, self._size)
-        some = rows[SCAN_EVERY // 2 :: SCAN_EVERY]
-        options = {"count": COUNT, "max_seconds": MAX_SECONDS}
+        some = rows[EVERY // 2 :: EVERY]
         with Crew(self._workers) as crew:
             _warm_up(crew, rows[0][1], self._fitter.fit)
-            seconds, once = self._prepare(
-                rows, Decoding(PASS, options, self._fitter.fit), crew, "pass"
-            )
-            scan_seconds, scanned = self._prepare(
-                some, Decoding(SCAN, options, self._fitter.fit), crew, "scan"
-            )
-        differing = sum(
-            not torch.equal(_rows(once)[SCAN_EVERY // 2 + SCAN_EVERY * number], values)
-            for number, values in enumerate(_rows(scanned))
-        )
-        per_turn, per_scan = seconds / len(rows), scan_seconds / len(some)
+            pass_seconds, once = self._prepare(rows, PASS, crew)
+            scan_seconds, scanned = self._prepare(some, SCAN, crew)
+            look_seconds, looked = self._prepare(some, LOOK, crew)
+        expected = _rows(once)[EVERY // 2 :: EVERY]
+        per_turn = pass_seconds / len(rows)
+        scan_per_turn, look_per_turn = scan_seconds / len(some), look_seconds / len(some)
         return {
             "turns": len(rows),
             "films": len(self._films),
-            "scanned_turns": len(some),
+            "film": list(self._size.film),
             "seconds_of_film": self._size.turns * self._size.turn_seconds,
+            "turns_taken_alone": len(some),
             "pass_milliseconds_per_turn": 1000 * per_turn,
-            "scan_milliseconds_per_turn": 1000 * per_scan,
-            "scan_over_pass": per_scan / per_turn,
-            "turns_whose_pictures_differ": differing,
+            "scan_milliseconds_per_turn": 1000 * scan_per_turn,
+            "look_milliseconds_per_turn": 1000 * look_per_turn,
+            "scan_over_pass": scan_per_turn / per_turn,
+            "look_over_pass": look_per_turn / per_turn,
+            "required": 10.0,
+            "turns_whose_pictures_differ": sum(
+                not torch.equal(values, known)
+                for store in (scanned, looked)
+                for values, known in zip(_rows(store), expected, strict=True)
+            ),
         }
 
-    def epochs(self) -> dict[str, Any]:
-        """Decoding every batch anew against reading the cache."""
-        rows: list[Row] = [(path.stem, Clip(path)) for path in self._clips]
-        pictures_options = {"count": COUNT, "max_seconds": MAX_SECONDS}
-        decodings = {
-            "audio": Decoding(SOUND, {"max_seconds": MAX_SECONDS}, np.asarray),
-            "visual": Decoding(PASS, pictures_options, self._fitter.fit),
-        }
-        started = time.perf_counter()
-        with Crew(self._workers) as crew:
-            stores = {
-                name: self._prepare(rows, decoding, crew, name)[1]
-                for name, decoding in decodings.items()
-            }
-        fill = time.perf_counter() - started
-        started = time.perf_counter()
-        with Crew(self._workers) as crew:
-            for name, decoding in decodings.items():
-                self._prepare(rows, decoding, crew, name)
-        again = time.perf_counter() - started
-        order = torch.randperm(len(rows), generator=torch.manual_seed(0)).tolist()
-        batches = [order[first : first + BATCH_SIZE] for first in range(0, len(order), BATCH_SIZE)]
-        datasets = (
-            AudioDataset(stores["audio"], self._collator),
-            VisualDataset(stores["visual"], self._fitter),
-        )
-        anew = (
-            AudioDataset(_Anew(self._clips, _decode_sound), self._collator),  # type: ignore[arg-type]
-            VisualDataset(_Anew(self._clips, self._decode_pictures), self._fitter),  # type: ignore[arg-type]
-        )
-        some = batches[::DECODE_EVERY]
-        read = _epoch(datasets, batches)
-        decode = _epoch(anew, some) * len(batches) / len(some)
-        return {
-            "clips": len(rows),
-            "batch_size": BATCH_SIZE,
-            "batches": len(batches),
-            "batches_decoded_anew": len(some),
-            "decode_seconds": decode,
-            "cache_seconds": read,
-            "decode_over_cache": decode / read,
-            "fill_seconds": fill,
-            "open_seconds": again,
-            "epochs_to_pay_for_filling": fill / (decode - read) if decode > read else None,
-            "cache_megabytes": sum(
-                shard.path.stat().st_size for store in stores.values() for shard in store.shards
-            ) / 1e6,
-        }  # fmt: skip
-
-    def _prepare(
-        self, rows: Sequence[Row], decoding: Decoding, crew: Crew, label: str
-    ) -> tuple[float, ClipStore]:
+    def _prepare(self, rows: Sequence[Row], function: str, crew: Crew) -> tuple[float, ClipStore]:
+        options = {"count": COUNT, "max_seconds": stages.MAX_SECONDS}
         started = time.perf_counter()
         store = decode_clips(
             rows,
-            decoding,
+            Decoding(function, options, self._fitter.fit),
             Cache(self._scratch / "cache"),
             crew,
-            title=label,
-            label=label,
+            title=function,
+            label=function.rpartition(":")[2],
             settings={},
         )
         seconds = time.perf_counter() - started
         assert store.count() == len(rows)
         return seconds, store
-
-    def _decode_pictures(self, path: Path) -> npt.NDArray[Any]:
-        values, _ = pictures.decode_frames(Clip(path), COUNT, MAX_SECONDS)
-        return self._fitter.fit(values)
-
-
-class _Anew:
-    """Decodes a row whenever it is asked for."""
-
-    def __init__(self, paths: Sequence[Path], decode: Callable[[Path], npt.NDArray[Any]]) -> None:
-        self._paths = paths
-        self._decode = decode
-
-    def __getitem__(self, row: int) -> torch.Tensor:
-        return torch.from_numpy(self._decode(self._paths[row]))
-
-
-def _decode_sound(path: Path) -> npt.NDArray[Any]:
-    waveform, _ = sound.decode_waveform(Clip(path), MAX_SECONDS)
-    return sound.quantise(waveform)
-
-
-def _epoch(datasets: Sequence[Any], batches: Sequence[list[int]]) -> float:
-    """Seconds for all batches of one epoch."""
-    started = time.perf_counter()
-    for dataset in datasets:
-        for rows in batches:
-            dataset[rows]
-    return time.perf_counter() - started
 
 
 def _rows(store: ClipStore) -> list[torch.Tensor]:
@@ -330,15 +223,9 @@ def _visual_folder(folder: Path) -> Path:
     return folder
 
 
-def _audio_folder(folder: Path) -> Path:
-    Wav2Vec2Config().save_pretrained(folder)
-    Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(folder)
-    return folder
-
-
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Measure, and write the result file."""
-    parser = argparse.ArgumentParser(description="Measure the preparation of clips.")
+    parser = argparse.ArgumentParser(description="Measure the preparation and the stages.")
     parser.add_argument("--quick", action="store_true", help="small corpora: does it run at all?")
     parser.add_argument("--corpus", type=Path, help="folder of the rendered corpora")
     parser.add_argument("--output", type=Path, help="folder of the result file")
@@ -347,15 +234,23 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     runs = results.ROOT / "runs" / "benchmarks"
     size = QUICK if options.quick else FULL
     corpus = options.corpus or runs / ("clips-quick" if options.quick else "clips")
-    workers = min(os.cpu_count() or 1, 8)
+    films, roots = render(corpus, size)
     if options.render_only:
-        render(corpus, size)
         return corpus
+    processes = min(os.cpu_count() or 1, 8)
+    usual_threads = torch.get_num_threads()
+    # Loaders want the other processors; what is trained here is too small for threads.
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(size, corpus, Path(scratch), workers)
-        rows = {"dialogues": bench.dialogues(), "epochs": bench.epochs()}
-    machine = machines()[0]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            scratch = Path(folder)
+            preparation = Preparation(films, size, scratch, processes).measure()
+            by_pictures = {
+                pictures: list(stages.Stages(root, scratch / pictures, processes).measure())
+                for pictures, root in roots.items()
+            }
+    finally:
+        torch.set_num_threads(usual_threads)
     path = results.path_of(
         options.output or (runs if options.quick else results.RESULTS), "clips", "cpu"
     )
@@ -363,16 +258,13 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         "experiment": "clips",
         "command": "python -m benchmarks.bench_clips" + (" --quick" if options.quick else ""),
         "device": "cpu",
-        "machine": {"name": machine.name, "processes": workers},
+        "machine": {"name": machines()[0].name, "processes": processes},
         "versions": {**versions("cpu"), "av": av.__version__},
-        "size": asdict(size),
-        "rows": rows,
+        "utterances": dict(zip(SPLITS, size.utterances, strict=True)),
+        "rows": {"preparation": preparation, "stages": by_pictures},
     }
     results.write(path, document)
-    for name, row in rows.items():
-        print(name)
-        for key, value in row.items():
-            print(f"  {key}: {value:.4g}" if isinstance(value, float) else f"  {key}: {value}")
+    print(json.dumps(document["rows"], indent=2))
     print(path)
     return path
 

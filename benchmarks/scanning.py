@@ -1,4 +1,4 @@
-"""How pictures are decoded without an index: every film from its beginning, for every turn.
+"""How pictures are decoded turn by turn: the film is opened anew for every turn.
 
 It stands apart from its benchmark because the processes that decode import it.
 """
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from examples.erc import pictures
 from examples.erc.dialogue import Clip
 from examples.erc.media import Decoded, Media, window
 
@@ -31,3 +32,10 @@ def scan(clips: Sequence[Clip], *, count: int, max_seconds: float) -> Iterator[D
             ]
             values = np.stack([one.to_ndarray(format="rgb24") for one in chosen])
         yield position, values, 0
+
+
+def look(clips: Sequence[Clip], *, count: int, max_seconds: float) -> Iterator[Decoded]:
+    """Decode the pictures of each clip from the last key frame before it."""
+    for position, clip in enumerate(clips):
+        ((_, values, damaged),) = pictures.decode([clip], count=count, max_seconds=max_seconds)
+        yield position, values, damaged

@@ -50,6 +50,9 @@ def generate(app: Sphinx) -> None:
     write(folder / "relation-memory.rst", relation_memory(memories))
     for theme in COLOURS:
         write(folder / f"relation-memory-{theme}.svg", relation_memory_picture(memories, theme))
+    clips = _read(results / "clips--cpu.json", "bench_clips.py")
+    write(folder / "pipeline-preparation.rst", preparation(clips))
+    write(folder / "pipeline-stages.rst", stages(clips))
 
     write(folder / "recipes.rst", recipes())
     write(folder / "check-kinds.rst", check_kinds())
@@ -405,6 +408,87 @@ def released_annotations(document: Row) -> str:
     ]
     heads = ["Fault", "Count", "Of"]
     return "\n".join([table("", heads, rows, words=1), _provenance(document)])
+
+
+# The pipelines' pace -----------------------------------------------------------------------------
+
+WAYS = {
+    "pass": "one pass for each film",
+    "look": "each turn from its last key frame",
+    "scan": "each turn from the film's beginning",
+}
+
+
+def preparation(document: Row) -> str:
+    """A table of what the pictures of a turn take, a line for each way to them."""
+    row = document["rows"]["preparation"]
+    rows = []
+    for way, name in WAYS.items():
+        ratio = row.get(f"{way}_over_pass")
+        asked = row["required"] if way == "scan" else None
+        rows.append(
+            [
+                name,
+                short(row[f"{way}_milliseconds_per_turn"]),
+                "" if ratio is None else _times(ratio),
+                *_verdict(ratio, asked),
+            ]
+        )
+    width, height = row["film"]
+    title = (
+        f"Pictures of {row['turns']} turns in {row['films']} films of "
+        f"{row['seconds_of_film']:.0f} s, {width} × {height}"
+    )
+    heads = ["Way", "ms a turn", "Over one pass", "Asked", "Verdict"]
+    return "\n".join([table(title, heads, rows, words=1), _side_by_side(document)])
+
+
+def stages(document: Row) -> str:
+    """Tables of epochs that decode and compute everything anew, beside those that read it."""
+    pieces = []
+    for pictures, measured in document["rows"]["stages"].items():
+        rows = [
+            [
+                f"{row['stage']}, {row['epochs']} epochs",
+                short(1000 * row["anew_seconds"] / row["steps"]),
+                short(1000 * row["kept_seconds"] / row["steps"]),
+                _times(row["anew_over_kept"]),
+                *_verdict(row["anew_over_kept"], row["required"]),
+                short(row["fill_seconds"]),
+                _times(row["with_filling"]),
+            ]
+            for row in measured
+        ]
+        heads = [
+            *("Stage", "Anew, ms a step", "Kept, ms a step", "Ratio", "Asked", "Verdict"),
+            *("Filling, s", "Ratio, filling included"),
+        ]
+        title = (
+            f"{document['utterances']['train']} utterances of the synthetic MELD, pictures of "
+            f"{pictures.replace(' x ', ' × ')}"
+        )
+        pieces.append(table(title, heads, rows, words=1))
+    return "\n".join([*pieces, _side_by_side(document)])
+
+
+def _verdict(ratio: float | None, required: float | None) -> tuple[str, str]:
+    if ratio is None or required is None:
+        return "", ""
+    return f"≥ {_times(required)}", "met" if ratio >= required else "**missed**"
+
+
+def _times(ratio: float) -> str:
+    return f"{short(ratio)}×"
+
+
+def _side_by_side(document: Row) -> str:
+    """The provenance, with the machine: these figures are of its decoder and disk as well."""
+    machine = document["machine"]
+    versions = ", ".join(f"{name} {value}" for name, value in document["versions"].items())
+    return (
+        f"Measured with ``{document['command']}`` on an {machine['name']}; {machine['processes']} "
+        f"processes decode ({versions}).\n"
+    )
 
 
 # The pipelines' recipes --------------------------------------------------------------------------
