@@ -278,7 +278,7 @@ def _enlarge(clip: Path, path: Path, width: int, height: int) -> None:
                     packet.stream = sound_copy
                     copy.mux(packet)
                 continue
-            for picture in packet.decode():
+            for picture in film.decode(packet):
                 larger = picture.reformat(width, height, interpolation="BICUBIC")
                 larger.pict_type = 0  # the encoder chooses anew
                 copy.mux(stream.encode(larger))
@@ -328,7 +328,7 @@ class _Ahead:
     def __init__(self, files: _Files, batches: Sequence[list[int]], loaders: int) -> None:
         self._files = files
         self._expected = iter(batches)
-        self._loader = DataLoader(
+        self._loader: DataLoader[Any] = DataLoader(
             files,  # type: ignore[arg-type]
             batch_size=None,
             sampler=batches,
