@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from examples.erc.errors import InputError
 from examples.erc.pretrained import Pretrained
@@ -21,13 +22,14 @@ def fitter(encoder: Pretrained) -> FrameFitter:
     return FrameFitter(encoder)
 
 
+@pytest.mark.parametrize("shape", [(48, 64), (64, 48), (3, 40), (40, 3), (1, 9)])
 def test_pictures_become_what_the_image_processor_makes_of_them(
-    encoder: Pretrained, fitter: FrameFitter
+    encoder: Pretrained, fitter: FrameFitter, shape: tuple[int, int]
 ) -> None:
     from transformers import VideoMAEImageProcessorPil
 
     random = np.random.default_rng(0)
-    pictures = random.integers(0, 256, (4, 48, 64, 3), dtype=np.uint8)
+    pictures = random.integers(0, 256, (4, *shape, 3), dtype=np.uint8)
     processor = VideoMAEImageProcessorPil.from_pretrained(encoder.name)
 
     fitted = fitter.fit(pictures)
@@ -35,7 +37,8 @@ def test_pictures_become_what_the_image_processor_makes_of_them(
 
     assert fitted.shape == (4, 3, 32, 32)
     assert fitted.dtype == np.uint8
-    expected = processor([list(pictures)], return_tensors="pt")["pixel_values"][0]
+    images = [Image.fromarray(picture) for picture in pictures]
+    expected = processor([images], return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(values, expected)
 
 
