@@ -57,7 +57,10 @@ def classification(**numbers: float) -> Change:
 
 CHANGES: dict[str, Change] = {
     "released": lambda recipe: recipe,
-    **{f"threshold {value}": fusion(threshold=value) for value in (0.01, 0.1, 0.2, 0.5, 1.0, 2.0)},
+    **{
+        f"threshold {value}": fusion(threshold=value)
+        for value in (0.01, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
+    },
     **{f"class balance {value}": classification(class_balance=value) for value in (0.5, 1.0)},
     "focal gamma 1.0": classification(focal_gamma=1.0),
     **{f"temperature {value}": student(temperature=value) for value in (1.0, 2.0, 4.0)},
@@ -134,6 +137,7 @@ def main() -> None:
     recipes = import_module(f"examples.{options.corpus}.recipes").RECIPES
     path = RESULTS / f"recommended_recipe--{options.corpus}.json"
     folder = options.folder or Path("runs") / f"recommended-{options.corpus}"
+    earlier = json.loads(path.read_text()) if path.is_file() else {}
     document: Row = {
         "command": f"python -m benchmarks.bench_recommended_recipe {options.corpus} FOLDER"
         + (f" --seeds {options.seeds}" if options.seeds != parser.get_default("seeds") else ""),
@@ -141,7 +145,7 @@ def main() -> None:
         "corpus": options.corpus,
         "seeds": options.seeds,
         "versions": {"telme_kd": telme_kd.__version__, **machine.versions("cpu")},
-        "rows": json.loads(path.read_text())["rows"] if path.is_file() else [],
+        "rows": earlier["rows"] if earlier.get("seeds") == options.seeds else [],
     }
     changes = {**CHANGES, "recommended": lambda recipe: recipes["recommended"]}
     recipe_of = {
