@@ -1,35 +1,27 @@
 """The command line that both corpora share."""
 
 import os
-import shlex
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import replace
 from importlib import import_module
-from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
-from click.core import ParameterSource
 
-from examples.erc.errors import InputError, TrainingError
-from examples.erc.recipe import Optimisation, Recipe
+from examples.erc.ending import INTERRUPTED, end, guard
+from examples.erc.errors import InputError
+from examples.erc.recipe import Recipe
+from examples.erc.training_options import (
+    named_modalities,
+    settle_recipe,
+    source_opener,
+    typed_command,
+    typed_options,
+)
 
 # PyTorch and transformers take seconds to import. Whatever needs them is imported where it is used,
 # so that --help and a mistyped option are answered at once.
-if TYPE_CHECKING:
-    from examples.erc.source import Source
-
-MODALITIES = ("text", "audio", "visual")
-"""As in :mod:`examples.erc.source`, which needs PyTorch."""
-
-SYNTHETIC_SEED = 0
-"""The synthetic corpus is the same in every run."""
-
-INTERRUPTED = 130
-"""The exit status after Ctrl-C: 128 and the number of the signal."""
 
 
 def make_command(name: str, title: str) -> click.Group:
@@ -162,10 +154,13 @@ def make_command(name: str, title: str) -> click.Group:
     @click.pass_context
     def command(context: click.Context, /, **options: Any) -> None:  # noqa: ANN401
         if context.invoked_subcommand is None:
-            _guard(context, lambda: _run(name, title, options, _typed(name, context)))
-        elif typed := _typed_options(context):
+            guard(
+                context,
+                lambda: _run(name, title, options, typed_command(f"examples.{name}", context)),
+            )
+        elif words := typed_options(context):
             raise click.UsageError(
-                f"{typed[0]}: expected nothing before {context.invoked_subcommand}; leave it out"
+                f"{words[0]}: expected nothing before {context.invoked_subcommand}; leave it out"
             )
 
     @command.command("check", short_help="Look at a corpus before anything is trained.")
@@ -227,7 +222,7 @@ def make_command(name: str, title: str) -> click.Group:
     )
     @click.pass_context
     def predict(context: click.Context, /, **options: Any) -> None:  # noqa: ANN401
-        _guard(context, lambda: _predict(name, options), again="starts afresh")
+        guard(context, lambda: _predict(name, options), again="starts afresh")
 
     predict.help = f"""Predict the emotions in DIALOGUE by a finished RUN on {title}: a probability
     for each emotion and utterance, as a table, as CSV and JSON, and as a picture.
@@ -269,7 +264,7 @@ def make_command(name: str, title: str) -> click.Group:
     @click.option("--output", type=_FOLDER, help="Where the files go.  [default: RUN]")
     @click.pass_context
     def mistakes(context: click.Context, /, **options: Any) -> None:  # noqa: ANN401
-        _guard(context, lambda: _mistakes(name, options), again="starts afresh")
+        guard(context, lambda: _mistakes(name, options), again="starts afresh")
 
     mistakes.help = f"""Show what the systems of a finished RUN on {title} get wrong and are most
     sure of, modality by modality, with what the others say of it.
@@ -283,28 +278,6 @@ _FOLDER = click.Path(path_type=Path)
 _ONE_OR_MORE = click.IntRange(min=1)
 
 
-def _guard(
-    context: click.Context, work: Callable[[], None], again: str = "goes on from there"
-) -> None:
-    """End in one line, not in a traceback, whatever the user can do something about."""
-    try:
-        work()
-    except InputError as error:
-        _end(context, f"error: {error}", 2)
-    except TrainingError as error:
-        _end(context, f"error: {error}", 1)
-    except BrokenPipeError:  # nobody reads on, which click knows how to end
-        raise
-    except OSError as error:
-        _end(context, f"error: {error}; what was written before is kept", 1)
-    except KeyboardInterrupt:
-        _end(
-            context,
-            f"\ninterrupted: what was saved is kept; the same command {again}",
-            INTERRUPTED,
-        )
-
-
 def _check(context: click.Context, name: str, root: Path, folder: Path) -> None:
     """Check a corpus, print what was found, and end with the status that sums it up."""
     try:
@@ -314,19 +287,19 @@ def _check(context: click.Context, name: str, root: Path, folder: Path) -> None:
             examination = import_module(f"examples.{name}.check").check(root)
         except (InputError, OSError) as error:
             check_report.write_failure(name, root, str(error), folder)
-            _end(context, f"error: {error}", 2)
+            end(context, f"error: {error}", 2)
         click.echo(check_report.summary(examination))
         click.echo(f"\n{check_report.write(examination, root, folder)}")
     except (InputError, OSError) as error:
-        _end(context, f"error: {error}", 2)
+        end(context, f"error: {error}", 2)
     except KeyboardInterrupt:
-        _end(context, "\ninterrupted: the same command starts afresh", INTERRUPTED)
+        end(context, "\ninterrupted: the same command starts afresh", INTERRUPTED)
     context.exit(examination.status)
 
 
 def _predict(name: str, options: dict[str, Any]) -> None:
     """Predict, print a table, and say where the files are."""
-    wanted = _named_modalities(options["modalities"])
+    wanted = named_modalities(options["modalities"])
     run_folder: Path = options["run"]
     dialogue: Path = options["dialogue"]
 
@@ -416,16 +389,8 @@ def _check_clip_options(options: dict[str, Any], run: Path) -> None:
             )
 
 
-def _end(context: click.Context, line: str, status: int) -> None:
-    click.echo(line, err=True)
-    context.exit(status)
-
-
 def _run(name: str, title: str, options: dict[str, Any], typed: str) -> None:
-    kind = _kind(options)
-    modalities = _modalities(options["modalities"])
-    encoders = _encoders(options, kind)
-    _check_raw(options, kind)
+    kind, open_source = source_opener(name, title, options)
     folder: Path = options["output"] or Path("runs") / f"{name}-{kind}"
     recipe: Recipe = import_module(f"examples.{name}.recipes").RECIPES[options["recipe"]]
 
@@ -442,33 +407,8 @@ def _run(name: str, title: str, options: dict[str, Any], typed: str) -> None:
         # machine a step takes several times as long. One thread also sums in one order.
         torch.set_num_threads(1)
 
-    def open_source() -> "Source":
-        if kind == "features":
-            from examples.erc.features import FeatureSource
-
-            return FeatureSource(options["features"], name, modalities)
-        if kind == "raw":
-            from examples.erc.raw import DEFAULT_ENCODERS, RawSource
-
-            chosen = {
-                modality: encoders.get(modality) or DEFAULT_ENCODERS[modality]
-                for modality in modalities or MODALITIES
-            }
-            corpus = import_module(f"examples.{name}.corpus").read(options["raw"])
-            return RawSource(
-                corpus,
-                title,
-                encoders=chosen,
-                crop=options["crop"],
-                bad_clips=options["bad_clips"],
-                cache=options["cache"],
-            )
-        from examples.synthetic.source import SyntheticSource
-
-        return SyntheticSource(name, title, folder, modalities or MODALITIES, SYNTHETIC_SEED)
-
-    source = processes.in_turn(open_source)
-    settled = _settle(recipe, source, options)
+    source = processes.in_turn(lambda: open_source(folder))
+    settled = settle_recipe(recipe, source, options)
     results = run(
         source,
         settled,
@@ -484,121 +424,3 @@ def _run(name: str, title: str, options: dict[str, Any], typed: str) -> None:
         page = report.write(results, folder, analysis)
         click.echo(f"\n{report.table(results)}\n\n{page}")
     processes.leave()
-
-
-def _kind(options: dict[str, Any]) -> str:
-    kinds = ("features", "raw", "synthetic")
-    given = [kind for kind in kinds if options[kind]]
-    if len(given) != 1:
-        got = " and ".join(f"--{kind}" for kind in given) or "none of them"
-        raise InputError(
-            f"expected exactly one of --features, --raw and --synthetic, got {got}; "
-            "--synthetic needs nothing but this repository"
-        )
-    return given[0]
-
-
-def _modalities(typed: str | None) -> tuple[str, ...] | None:
-    """The modalities that were named, and text."""
-    named = _named_modalities(typed)
-    if named is None:
-        return None
-    return tuple(modality for modality in MODALITIES if modality in {*named, "text"})
-
-
-def _named_modalities(typed: str | None) -> tuple[str, ...] | None:
-    if typed is None:
-        return None
-    names = {name.strip() for name in typed.split(",")}
-    if unknown := sorted(names - {*MODALITIES}):
-        raise InputError(
-            f"--modalities: expected some of {', '.join(MODALITIES)}, separated by commas, got "
-            f"{', '.join(map(repr, unknown))}; text,audio is an example"
-        )
-    return tuple(modality for modality in MODALITIES if modality in names)
-
-
-def _encoders(options: dict[str, Any], kind: str) -> dict[str, str]:
-    """The encoders that were named."""
-    chosen = {modality: options[f"{modality}_encoder"] for modality in MODALITIES}
-    named = {modality: encoder for modality, encoder in chosen.items() if encoder is not None}
-    if named and kind != "raw":
-        raise InputError(
-            f"--{next(iter(named))}-encoder: expected only with --raw, got it with --{kind}, "
-            "which has encoders of its own; leave it out"
-        )
-    return named
-
-
-def _check_raw(options: dict[str, Any], kind: str) -> None:
-    """Refuse options about clips where there are none, or where they are made up."""
-    given = {"bad-clips": options["bad_clips"] != "mask", "cache": options["cache"]}
-    for name, value in {**given, "crop": options["crop"]}.items():
-        if value and kind != "raw":
-            raise InputError(
-                f"--{name}: expected only with --raw, got it with --{kind}, which has no "
-                "published clips; leave it out"
-            )
-
-
-def _settle(recipe: Recipe, source: "Source", options: dict[str, Any]) -> Recipe:
-    """Say how each phase is really optimised: by the source, by the recipe, and as typed."""
-    patience: int | None = options["patience"]
-    typed = {
-        "class_balance": options["class_balance"],
-        "focal_gamma": options["focal"],
-    }
-    # A range lets what is no number through.
-    if unfit := [value for value in typed.values() if value is not None and not isfinite(value)]:
-        raise InputError(
-            f"--class-balance and --focal: expected finite numbers, got {unfit[0]}; 0.5 and 2 are "
-            "usual ones"
-        )
-
-    def settle(own: Optimisation | None, published: Optimisation) -> Optimisation:
-        chosen = own or published
-        return replace(
-            chosen,
-            epochs=options["epochs"] or chosen.epochs,
-            batch_size=options["batch_size"] or chosen.batch_size,
-            patience=chosen.patience if patience is None else patience or None,
-        )
-
-    teacher, student, fusion = recipe.teacher, recipe.student, recipe.fusion
-    return replace(
-        recipe,
-        teacher=replace(
-            teacher, optimisation=settle(source.optimisation("teacher"), teacher.optimisation)
-        ),
-        student=replace(
-            student,
-            optimisation=settle(source.optimisation("student"), student.optimisation),
-            memory_size=student.memory_size if options["memory"] is None else options["memory"],
-        ),
-        fusion=replace(
-            fusion, optimisation=settle(source.optimisation("fusion"), fusion.optimisation)
-        ),
-        classification=replace(
-            recipe.classification,
-            **{name: value for name, value in typed.items() if value is not None},
-        ),
-    )
-
-
-def _typed(name: str, context: click.Context) -> str:
-    """The command that the user gave, in a form that a shell takes."""
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")  # torchrun's
-    launcher = ["python"] if processes == "1" else ["torchrun", "--nproc_per_node", processes]
-    return shlex.join([*launcher, "-m", f"examples.{name}", *_typed_options(context)])
-
-
-def _typed_options(context: click.Context) -> list[str]:
-    """The options that the user gave, with their values."""
-    words = []
-    for parameter in context.command.params:
-        key = str(parameter.name)
-        if context.get_parameter_source(key) is ParameterSource.COMMANDLINE:
-            words.append(parameter.opts[0])
-            if context.params[key] is not True:
-                words.append(str(context.params[key]))
-    return words

@@ -1,18 +1,17 @@
 """The command line of the experiments, with the options of the pipeline."""
 
-import shlex
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from examples.erc import command as pipeline
+from examples.erc.command import make_command
+from examples.erc.ending import guard
 from examples.erc.recipe import Recipe
+from examples.erc.training_options import settle_recipe, source_opener, typed_command
 
 # As in the pipeline's command: whatever needs PyTorch is imported where it is used.
-if TYPE_CHECKING:
-    from examples.erc.source import Source
 
 CORPORA = {"meld": "MELD", "iemocap": "IEMOCAP"}
 
@@ -39,15 +38,12 @@ _OUTPUT = click.Option(
 
 
 def _run(context: click.Context, /, **options: Any) -> None:  # noqa: ANN401
-    pipeline._guard(context, lambda: _work(context, options))
+    guard(context, lambda: _work(options, typed_command("examples.experiments", context)))
 
 
-def _work(context: click.Context, options: dict[str, Any]) -> None:
+def _work(options: dict[str, Any], typed: str) -> None:
     corpus: str = options["corpus"]
-    kind = pipeline._kind(options)
-    modalities = pipeline._modalities(options["modalities"])
-    encoders = pipeline._encoders(options, kind)
-    pipeline._check_raw(options, kind)
+    kind, open_source = source_opener(corpus, CORPORA[corpus], options)
     folder: Path = options["output"] or Path("runs") / f"{corpus}-{kind}"
     recipe: Recipe = import_module(f"examples.{corpus}.recipes").RECIPES[options["recipe"]]
 
@@ -60,19 +56,19 @@ def _work(context: click.Context, options: dict[str, Any]) -> None:
         import torch
 
         torch.set_num_threads(1)  # as in the pipeline
-    source = processes.in_turn(lambda: _open(options, kind, folder, modalities, encoders))
+    source = processes.in_turn(lambda: open_source(folder))
     experiments, left_out = running.choose(options["name"], source)
     if processes.first():
         for name, reason in left_out.items():
             click.echo(f"{name} is left out: {reason}", err=True)
     results = running.run(
         source,
-        pipeline._settle(recipe, source, options),
+        settle_recipe(recipe, source, options),
         experiments,
         range(options["seeds"]),
         folder,
         hardware,
-        _typed(context),
+        typed,
         name=options["name"],
         left_out=left_out,
         checkpoint_every=options["checkpoint_every"],
@@ -83,44 +79,9 @@ def _work(context: click.Context, options: dict[str, Any]) -> None:
     processes.leave()
 
 
-def _open(
-    options: dict[str, Any],
-    kind: str,
-    folder: Path,
-    modalities: tuple[str, ...] | None,
-    encoders: dict[str, str],
-) -> "Source":
-    corpus: str = options["corpus"]
-    if kind == "features":
-        from examples.erc.features import FeatureSource
-
-        return FeatureSource(options["features"], corpus, modalities)
-    chosen = modalities or pipeline.MODALITIES
-    if kind == "raw":
-        from examples.erc.raw import DEFAULT_ENCODERS, RawSource
-
-        return RawSource(
-            import_module(f"examples.{corpus}.corpus").read(options["raw"]),
-            CORPORA[corpus],
-            encoders={name: encoders.get(name) or DEFAULT_ENCODERS[name] for name in chosen},
-            crop=options["crop"],
-            bad_clips=options["bad_clips"],
-            cache=options["cache"],
-        )
-    from examples.synthetic.source import SyntheticSource
-
-    return SyntheticSource(corpus, CORPORA[corpus], folder, chosen, pipeline.SYNTHETIC_SEED)
-
-
-def _typed(context: click.Context) -> str:
-    """The command that the user gave, in a form that a shell takes."""
-    _, *words = pipeline._typed_options(context)  # an argument has a name that nobody types
-    return shlex.join(["python", "-m", "examples.experiments", *words])
-
-
 def _parameters() -> list[click.Parameter]:
     """The name, the corpus, and every option of the pipeline."""
-    shared = pipeline.make_command("corpus", "a corpus").params
+    shared = make_command("corpus", "a corpus").params
     return [
         click.Argument(["name"], metavar="NAME", type=click.Choice([*NAMES, ALL])),
         click.Option(

@@ -14,9 +14,9 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
-from examples.erc import command as module
 from examples.erc import pipeline
-from examples.erc.command import MODALITIES, make_command
+from examples.erc.command import make_command
+from examples.erc.ending import INTERRUPTED
 from examples.erc.errors import TrainingError
 from examples.erc.features import FeatureSource
 from examples.erc.recipe import ClassificationRecipe, Recipe
@@ -57,9 +57,9 @@ assert not {"torch", "transformers", "numpy"} & {*sys.modules}
 
 
 def test_the_names_of_modalities_agree() -> None:
-    from examples.erc import source
+    from examples.erc import source, training_options
 
-    assert MODALITIES == source.MODALITIES
+    assert training_options.MODALITIES == source.MODALITIES
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_a_full_disk_ends_with_status_1(
 def test_ctrl_c_says_how_to_go_on(write_features: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded(monkeypatch)
     result = call("--features", write_features())
-    assert result.exit_code == module.INTERRUPTED
+    assert result.exit_code == INTERRUPTED
     assert result.stderr.strip() == (
         "interrupted: what was saved is kept; the same command goes on from there"
     )
@@ -316,7 +316,7 @@ def test_a_signal_in_the_middle_of_training_loses_nothing(
     time.sleep(0.05)  # into the middle of some stage
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == module.INTERRUPTED, err
+    assert process.returncode == INTERRUPTED, err
     assert err.strip().splitlines() == [
         "interrupted: what was saved is kept; the same command goes on from there"
     ]
@@ -376,6 +376,6 @@ def test_an_interrupted_check_writes_nothing(
 
     monkeypatch.setattr(check, "check", interrupt)
     result = call("check", tmp_path, "--output", tmp_path / "out")
-    assert result.exit_code == module.INTERRUPTED
+    assert result.exit_code == INTERRUPTED
     assert result.stderr.strip() == "interrupted: the same command starts afresh"
     assert not (tmp_path / "out").exists()
