@@ -4,7 +4,7 @@ Rows couple through the statistics of columns, and those merge. With u, v the pr
 student and teacher in units of the column's largest (``eps=None``), the processes agree on
 
     units        2 C   largest of all   (``eps=None`` only)
-    means        2 C   sums of u, v
+    means        2 C   sums of u, v, in double precision if the backend's means are
     moments      3 C   sums of (u - mean)^2, (v - mean)^2, (u - mean) (v - mean); and of 1 - rho of
                        the rows, one number
 
@@ -181,7 +181,7 @@ class _MergedDist(torch.autograd.Function):
         own = items.sizes[items.rank]
         if own:
             passes.observe(student, teacher, mask, rows, columns, **options._asdict())
-        loss = _merge(rows, columns, mask, options, items)
+        loss = _merge(rows, columns, mask, options, items, passes)
         # The mean over the own rows, which the passes take, is a part of that over all.
         options = options._replace(inter_weight=options.inter_weight * own / max(items.total, 1))
         if own and any(needs_grad):
@@ -216,31 +216,44 @@ class _MergedDist(torch.autograd.Function):
 
 
 def _merge(
-    rows: Tensor, columns: Tensor, mask: Tensor | None, options: _Options, items: Spread
+    rows: Tensor,
+    columns: Tensor,
+    mask: Tensor | None,
+    options: _Options,
+    items: Spread,
+    passes: ModuleType,
 ) -> Tensor:
     """Make a backend's statistics of the own columns those of all; return the loss ()."""
     num_classes = columns.shape[1]
     row_sum = column_sum = columns.new_zeros(())
     if options.inter_weight:
-        distances = _row_distances(rows[4:7], num_classes, options.eps)
+        distances = _row_distances(passes.row_moments(rows), num_classes, options.eps)
         if mask is not None:
             distances = torch.where(mask, distances, 0.0)
         row_sum = _summed(distances)
     if options.intra_weight:
-        row_sum = _merge_columns(columns, row_sum, options.eps, items)
-        mean, moments = columns[2:4], columns[4:7]
+        row_sum = _merge_columns(columns, row_sum, options.eps, items, passes.COLUMN_PARTS)
+        _, mean, _, moments = torch.split(columns[: sum(passes.COLUMN_PARTS)], passes.COLUMN_PARTS)
         column_sum = _summed(_column_distances(moments, mean, items.total, options.eps))
     else:
         (row_sum,) = items.add(row_sum)
     return _combined(row_sum, column_sum, options, items.total, num_classes)
 
 
-def _merge_columns(columns: Tensor, row_sum: Tensor, eps: float | None, items: Spread) -> Tensor:
+def _merge_columns(
+    columns: Tensor,
+    row_sum: Tensor,
+    eps: float | None,
+    items: Spread,
+    parts: list[int],
+) -> Tensor:
     """Make statistics of the own columns those of all; return the summed distances of all rows.
 
-    Either every process merges everyone's statistics, or sums of the own ones travel.
+    Either every process merges everyone's statistics, or sums of the own ones travel. Where a
+    backend keeps what rounding leaves out of its means, they are merged in double precision.
     """
-    numbers = torch.cat((columns[:7].reshape(-1), row_sum[None]))
+    own = columns[: sum(parts)]
+    numbers = torch.cat((own.reshape(-1), row_sum[None]))
     count = len(items.sizes)
     together = count * numbers.numel() <= _GATHERED_NUMBERS
     if together:
@@ -251,7 +264,10 @@ def _merge_columns(columns: Tensor, row_sum: Tensor, eps: float | None, items: S
         sizes, across = items.sizes[items.rank : items.rank + 1], items
     counts = numbers.new_tensor(sizes)[:, None, None]
     row_sums = numbers[:, -1].sum()
-    unit, mean, moments = torch.split(numbers[:, :-1].view(len(sizes), 7, -1), [2, 2, 3], 1)
+    statistics = numbers[:, :-1].view(len(sizes), sum(parts), -1)
+    unit, mean, rest, moments = torch.split(statistics, parts, 1)
+    if parts[2]:
+        mean = mean.double() + rest
     if eps is None:
         lowest = torch.finfo(unit.dtype).min
         # A class at -inf in all rows has no unit; NaN is not above 0, but in the mean it stays.
@@ -263,9 +279,14 @@ def _merge_columns(columns: Tensor, row_sum: Tensor, eps: float | None, items: S
         moments = moments * _products(shrink)
     (merged_mean,) = across.add((mean * counts).sum(0))
     merged_mean /= max(items.total, 1)
-    moments = moments + _products(mean - merged_mean) * counts
+    moments = moments + _products((mean - merged_mean).to(moments.dtype)) * counts
     merged_moments, row_sums = across.add(moments.sum(0), row_sums)
-    columns[2:4], columns[4:7], columns[7] = merged_mean, merged_moments, items.total
+    rounded = merged_mean.to(columns.dtype)
+    _, own_mean, own_rest, own_moments = torch.split(own, parts)
+    own_mean.copy_(rounded)
+    own_rest.copy_((merged_mean - rounded)[: parts[2]])
+    own_moments.copy_(merged_moments)
+    columns[sum(parts)] = items.total
     return row_sums
 
 

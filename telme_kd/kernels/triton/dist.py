@@ -92,6 +92,10 @@ _COLUMN_NUMBERS = 10
 (4); own and shared of the student (5, 6) and of the teacher (7, 8); 1 / n in the first entry of
 9."""
 
+COLUMN_PARTS = [2, 2, 2, 3]
+"""Of a column's statistics: units, means, what rounding leaves out of these, centred sums. The
+number of items comes after them."""
+
 _SMALL_TILES = (
     Tile(16, 8, 1),
     Tile(64, 8, 2),
@@ -1267,6 +1271,12 @@ def new_statistics(
     """Statistics of a batch of which nothing was observed yet."""
     rows = torch.empty(_ROW_NUMBERS, batch, dtype=dtype, device=device)
     return rows, torch.zeros(_COLUMN_NUMBERS, classes, dtype=dtype, device=device)
+
+
+def row_moments(rows: Tensor) -> Tensor:
+    """Centred sums (3, B) pp, qq and pq of observed rows."""
+    totals = rows[1:4:2]
+    return rows[4:7] / (totals[[0, 1, 0]] * totals[[0, 1, 1]])
 
 
 def observe(

@@ -26,17 +26,25 @@ from torch import Tensor
 from telme_kd._precision import accumulation_dtype
 from telme_kd.kernels.cpu.dist import blocks, kept
 from telme_kd.kernels.cpu.dist.affine import Affine
-from telme_kd.kernels.cpu.dist.blocks import Gradients, Shape, new_statistics
+from telme_kd.kernels.cpu.dist.blocks import (
+    COLUMN_PARTS,
+    Gradients,
+    Shape,
+    new_statistics,
+    row_moments,
+)
 from telme_kd.kernels.cpu.dist.relations import Options
 from telme_kd.kernels.cpu.dist.small import Small
 
 __all__ = [
+    "COLUMN_PARTS",
     "backward",
     "conclude",
     "forward",
     "gradient",
     "new_statistics",
     "observe",
+    "row_moments",
     "saved_shapes",
 ]
 

@@ -44,6 +44,10 @@ _LOG2_E = math.log2(math.e)
 _ROWS = 7
 _COLUMNS = 9
 
+COLUMN_PARTS = [2, 2, 0, 3]
+"""Of a column's statistics: units, means, what rounding leaves out of these, centred moments. The
+number of items comes after them."""
+
 Shape = tuple[int, ...]
 Gradients = tuple[Tensor | None, Tensor | None]
 
@@ -66,6 +70,11 @@ def new_statistics(
     rows = torch.zeros((_ROWS, batch), dtype=dtype, device=device)
     columns = torch.zeros((_COLUMNS, classes), dtype=dtype, device=device)
     return rows, columns
+
+
+def row_moments(rows: Tensor) -> Tensor:
+    """Return the centred moments (3, B) of the probabilities of observed rows."""
+    return rows[4:7]
 
 
 class _Room(NamedTuple):
