@@ -15,8 +15,8 @@ delta = log Q - log P where that is small: near-equal probabilities are never su
 plan       serves                      launches (forward + back)    FLOP        memory beside inputs
 =========  ==========================  ===========================  ==========  ====================
 small      B <= 64                     1 + 1, gradient in forward   6 B^2 d     B d (the gradient)
-streaming  float16, bfloat16           4 + 1                        12 B^2 d    10 B numbers
-           float32, B > 32768          4 + 1                        10 B^2 d    10 B numbers
+streaming  float16, bfloat16           4 + 1                        12 B^2 d    12 B numbers
+           float32, B > 32768          4 + 1                        10 B^2 d    12 B numbers
 chunked    float32, B <= 32768         5 + 4 per chunk, + 1         6 B^2 d     3 B d, and a chunk
 =========  ==========================  ===========================  ==========  ====================
 
@@ -48,6 +48,12 @@ draws of B = 24 to 256 and d = 32 or 64; a flat softmax over 85 times as many it
 still has 1.007 times). With two halves it is 1.0000 times. float16 weights with bfloat16 features
 (1.008 times) are no product that tensor cores know.
 
+**Roundings that do not average.** Two would be common to a row, and no sum over it makes them any
+smaller. A sum of exponentials less their largest is often 1 and a little, whose digits the 1 would
+take: sums are kept without it. And a float32 inverse length is off in all cosines of its row alike:
+float32 features have it as a sum of two, of which the first has 12 bits, so that products of such
+are exact; the second also makes up for what an approximate square root lacks.
+
 **Magnitudes.** Rows are measured in units of the power of two at their largest entry. That loses no
 bit, and squares neither overflow nor vanish. The streaming plan multiplies features by it while
 loading them only if the batch has a row beyond ``_ORDINARY``: otherwise products stay in the range
@@ -75,10 +81,13 @@ _EMULATED = tl.constexpr(INTERPRETED)
 _ORDINARY = tl.constexpr(2.0**20)
 _FLAG_BLOCK = tl.constexpr(1024)
 
-_NUMBERS = 10
+_NUMBERS = 12
 """Per row: power of two and inverse length in its units, of student and of teacher (0-3); largest
 a / tau, and logarithm of the sum of exponentials less it (4, 5), likewise of x / tau (6, 7); KL_i
-(8); 1 / n, or 0 for an absent item (9)."""
+(8); 1 / n, or 0 for an absent item (9); what the inverse lengths lack, of float32 (10, 11).
+
+Some are found by 32-bit offsets, to save registers: 2^31 numbers would be 178 million rows.
+"""
 
 _SMALL_BATCH = 64
 _CHUNKED_BATCH = 2**15
@@ -140,10 +149,38 @@ def _power_of_two(largest):
 
 
 @triton.jit
+def _head(x):
+    """The first 12 of 24 bits: a product of two such is exact."""
+    return (x.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _inverse_length(squared):
-    """1 / length, 0 for a zero row. An infinite entry times this is NaN, as it should be."""
-    inverse = tl.rsqrt(tl.where(squared == 0.0, 1.0, squared))
-    return tl.where(squared == 0.0, 0.0, inverse)
+    """1 / length as a sum: 12 bits, and the rest. Zeros for a zero row, NaN for an infinite one.
+
+    The rounding of a length would be in all cosines of its row alike, where no sum averages it.
+    """
+    present = squared != 0.0
+    squared = tl.where(present, squared, 1.0)
+    high = _head(tl.rsqrt(squared))
+    square, own = high * high, _head(squared)
+    own_rest, square_head = squared - own, _head(square)
+    lacking = 1.0 - own * square_head  # exact
+    lacking -= own * (square - square_head) + own_rest * square
+    low = high * lacking * (0.5 + 0.375 * lacking)
+    return tl.where(present, high, 0.0), tl.where(present, low, 0.0)
+
+
+@triton.jit
+def _cosine(product, high, low, other_high, other_low, EXACT: tl.constexpr):
+    """Products of rows and other rows times the inverse lengths of both.
+
+    EXACT, with both parts of those: rounded once or twice.
+    """
+    cosine = product * (high * other_high)  # of the first 12 bits, an exact product
+    if EXACT:
+        cosine += product * (high * other_low + low * (other_high + other_low))
+    return cosine
 
 
 @triton.jit
@@ -169,13 +206,37 @@ def _slope_and_pull(target, prediction, top_t, log_t, top_p, log_p, divergence, 
 
 
 @triton.jit
-def _observe(target, prediction, top_t, sum_t, top_p, sum_p, first, second, kept):
+def _add_exponentials(exponentials, rise, shrink, rest):
+    """Sums but for the 1 of one largest, beside which the others would lose their digits.
+
+    Most of P is often in the largest, and then its rounding would be the error of a gradient. The
+    sums are -1 where nothing has been added yet.
+    """
+    below = exponentials < 1.0
+    others = tl.sum(tl.where(below, exponentials, 0.0), axis=1)
+    largest = tl.sum(tl.where(below, 0.0, exponentials), axis=1)  # as many ones
+    risen = rise > 0.0
+    rest = tl.where(risen, shrink * (1.0 + rest), rest)
+    return rest + (others + (largest - risen.to(tl.float32)))
+
+
+@triton.jit
+def _log_of_sum(rest):
+    """Log(1 + rest), with what 1 + rest rounds off."""
+    total = 1.0 + rest
+    lost = tl.where(rest < 1.0, rest - (total - 1.0), 1.0 - (total - rest))
+    return tl.log(total) + lost / total
+
+
+@triton.jit
+def _observe(target, prediction, top_t, rest_t, top_p, rest_p, first, second, kept):
     """Add columns to the rows' running maxima and to their sums over columns.
 
     With t and p less their maxima, and delta = p - t, these are of exp(t), of exp(p), of exp(t)
     delta, and of exp(t) (expm1(delta) - delta): what is left of a divergence where P and Q are near
     each other or near one class, and the sums of exponentials would cancel.
     """
+    sum_t, sum_p = 1.0 + rest_t, 1.0 + rest_p
     grown_t = tl.maximum(top_t, tl.max(tl.where(kept, target, -float("inf")), axis=1))
     grown_p = tl.maximum(top_p, tl.max(tl.where(kept, prediction, -float("inf")), axis=1))
     rise_t, rise_p = grown_t - top_t, grown_p - top_p
@@ -186,20 +247,21 @@ def _observe(target, prediction, top_t, sum_t, top_p, sum_p, first, second, kept
     target -= grown_t[:, None]
     prediction -= grown_p[:, None]
     delta = tl.where(kept, prediction - target, 0.0)
-    exp_t = tl.exp(tl.where(kept, target, -float("inf")))
     exp_p = tl.exp(tl.where(kept, prediction, -float("inf")))
+    exp_t = tl.exp(tl.where(kept, target, -float("inf")))
     by_delta = exp_t * delta
-    excess = tl.where(tl.abs(delta) < 0.25, exp_t * _expm1_less(delta), (exp_p - exp_t) - by_delta)
     first += tl.sum(by_delta, axis=1)
+    excess = tl.where(tl.abs(delta) < 0.25, exp_t * _expm1_less(delta), (exp_p - exp_t) - by_delta)
     second += tl.sum(excess, axis=1)
-    sum_t = sum_t * shrink_t + tl.sum(exp_t, axis=1)
-    sum_p = sum_p * shrink_p + tl.sum(exp_p, axis=1)
-    return grown_t, sum_t, grown_p, sum_p, first, second
+    rest_p = _add_exponentials(exp_p, rise_p, shrink_p, rest_p)
+    rest_t = _add_exponentials(exp_t, rise_t, shrink_t, rest_t)
+    return grown_t, rest_t, grown_p, rest_p, first, second
 
 
 @triton.jit
-def _divergence(sum_t, first, second):
+def _divergence(rest_t, first, second):
     """KL_i = log(sum_j P exp(delta)) - sum_j P delta from what ``_observe`` gathered."""
+    sum_t = 1.0 + rest_t
     mean = first / sum_t
     growth = mean + second / sum_t
     # log1p: the rounding of 1 + growth cancels in the quotient.
@@ -229,15 +291,20 @@ def _softmaxes(rows, batch, items):
 
 
 @triton.jit
-def _units(rows, batch, items):
-    """Power of two and inverse length of items, of student and teacher; zeros where absent."""
+def _scales(rows, batch, items, side: tl.constexpr):
+    """Powers of two of items' rows, student (0) or teacher (1); zeros where absent."""
+    return tl.load(rows + (2 * side * batch + items), mask=items < batch, other=0.0)
+
+
+@triton.jit
+def _inverse_lengths(rows, batch, items, side: tl.constexpr, EXACT: tl.constexpr):
+    """Inverse lengths of items' rows, as sums of two where EXACT; zeros where absent."""
     inside = items < batch
-    stride = batch.to(tl.int64)
-    scale_s = tl.load(rows + items, mask=inside, other=0.0)
-    inverse_s = tl.load(rows + stride + items, mask=inside, other=0.0)
-    scale_t = tl.load(rows + 2 * stride + items, mask=inside, other=0.0)
-    inverse_t = tl.load(rows + 3 * stride + items, mask=inside, other=0.0)
-    return scale_s, inverse_s, scale_t, inverse_t
+    high = tl.load(rows + ((2 * side + 1) * batch + items), mask=inside, other=0.0)
+    low = tl.zeros_like(high)
+    if EXACT:
+        low = tl.load(rows + ((10 + side) * batch.to(tl.int64) + items), mask=inside, other=0.0)
+    return high, low
 
 
 @triton.jit
@@ -325,9 +392,12 @@ def _small_kernel(
         squared_t += tl.sum(t.to(tl.float32) * t.to(tl.float32), axis=1)
         a = _dot(t, tl.trans(t), a)
         x = _dot(t, tl.trans(s), x)
-    inverse_s, inverse_t = _inverse_length(squared_s), _inverse_length(squared_t)
-    a *= inverse_t[:, None] * inverse_t[None, :]
-    x *= inverse_t[:, None] * inverse_s[None, :]
+    high_s, low_s = _inverse_length(squared_s)
+    high_t, low_t = _inverse_length(squared_t)
+    exact: tl.constexpr = student.dtype.element_ty == tl.float32
+    inverse_s, inverse_t = high_s + low_s, high_t + low_t
+    if not exact:
+        high_s, high_t = inverse_s, inverse_t
 
     # Through memory, in which a tile can be transposed and cut, and from which it comes back spread
     # over the threads once: tensor cores leave several copies in registers.
@@ -338,15 +408,23 @@ def _small_kernel(
     tl.store(cosines + square, a)
     tl.store(slopes + square, x)
     tl.debug_barrier()
-    a, x = tl.load(cosines + square), tl.load(slopes + square)
+    a = _cosine(
+        tl.load(cosines + square), high_t[:, None], low_t[:, None], high_t[None, :],
+        low_t[None, :], exact,
+    )  # fmt: skip
+    x = _cosine(
+        tl.load(slopes + square), high_t[:, None], low_t[:, None], high_s[None, :],
+        low_s[None, :], exact,
+    )  # fmt: skip
     zeros = tl.zeros((ITEMS,), tl.float32)
     target, prediction = a * inverse_temperature, x * inverse_temperature
     lowest = zeros + _lowest(inverse_temperature)
-    top_t, sum_t, top_p, sum_p, _first, _second = _observe(
-        target, prediction, lowest, zeros, lowest, zeros, zeros, zeros, both_kept
+    top_t, rest_t, top_p, rest_p, _first, _second = _observe(
+        target, prediction, lowest, zeros - 1.0, lowest, zeros - 1.0, zeros, zeros, both_kept
     )
     # An absent row has sums of 0; its logarithms need only be finite.
-    log_t, log_p = tl.log(tl.where(kept, sum_t, 1.0)), tl.log(tl.where(kept, sum_p, 1.0))
+    log_t = _log_of_sum(tl.where(kept, rest_t, 0.0))
+    log_p = _log_of_sum(tl.where(kept, rest_p, 0.0))
     slope, pull = _slope_and_pull(
         target, prediction, top_t[:, None], log_t[:, None], top_p[:, None], log_p[:, None],
         zeros[:, None], both_kept,
@@ -442,18 +520,23 @@ def _lengths_kernel(
         x = _tile(features, row_stride, column_stride, items, columns, kept, width, 0.0, 0)
         x = x.to(tl.float32) * scale[:, None]
         squared += tl.sum(x * x, axis=1)
-    inverse = _inverse_length(squared)
-    numbers = rows + 2 * side * batch.to(tl.int64)
+    high, low = _inverse_length(squared)
+    if features.dtype.element_ty != tl.float32:
+        high, low = high + low, tl.zeros_like(low)
+    stride = batch.to(tl.int64)
+    numbers = rows + 2 * side * stride
     tl.store(numbers + items, tl.where(kept, scale, 0.0), mask=inside)
-    tl.store(numbers + batch.to(tl.int64) + items, inverse, mask=inside)
+    tl.store(numbers + stride + items, high, mask=inside)
+    tl.store(rows + (10 + side) * stride + items, low, mask=inside)
     if units_wanted != 0:
-        units += side * batch.to(tl.int64) * width
+        units += side * stride * width
         for start in range(0, width, WIDTH):
             columns = start + tl.arange(0, WIDTH)
             x = _tile(features, row_stride, column_stride, items, columns, kept, width, 0.0, 0)
+            x = x.to(tl.float32) * scale[:, None]
             tl.store(
                 units + items.to(tl.int64)[:, None] * width + columns[None, :],
-                x.to(tl.float32) * scale[:, None] * inverse[:, None],
+                x * high[:, None] + x * low[:, None],
                 mask=inside[:, None] & (columns < width)[None, :],
             )
 
@@ -480,9 +563,10 @@ def _cosines(
     M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Cosines (M, N) of t_m and t_n, of t_m and s_n and, where THREE, of s_m and t_n."""
-    scale_s_m, inverse_s_m, scale_t_m, inverse_t_m = _units(rows, batch, m)
-    scale_s_n, inverse_s_n, scale_t_n, inverse_t_n = _units(rows, batch, n)
+    scale_s_m, scale_t_m = _scales(rows, batch, m, 0), _scales(rows, batch, m, 1)
+    scale_s_n, scale_t_n = _scales(rows, batch, n, 0), _scales(rows, batch, n, 1)
     kept_m, kept_n = scale_t_m != 0.0, scale_t_n != 0.0
+    exact: tl.constexpr = student.dtype.element_ty == tl.float32
     tt, ts = tl.zeros((M, N), tl.float32), tl.zeros((M, N), tl.float32)
     st = tl.zeros((M, N), tl.float32)
     for start in range(0, width, WIDTH):
@@ -507,12 +591,21 @@ def _cosines(
                 scale_s_m, SCALED,
             )  # fmt: skip
             st = _dot(s_m, tl.trans(t_n), st)
-    if not SCALED:
-        inverse_s_m, inverse_t_m = inverse_s_m * scale_s_m, inverse_t_m * scale_t_m
-        inverse_s_n, inverse_t_n = inverse_s_n * scale_s_n, inverse_t_n * scale_t_n
-    tt *= inverse_t_m[:, None] * inverse_t_n[None, :]
-    ts *= inverse_t_m[:, None] * inverse_s_n[None, :]
-    st *= inverse_s_m[:, None] * inverse_t_n[None, :]
+    if SCALED:  # the features are in those units already
+        scale_s_m, scale_t_m, scale_s_n, scale_t_n = 1.0, 1.0, 1.0, 1.0
+    high_m, low_m = _inverse_lengths(rows, batch, m, 1, exact)
+    high_m, low_m = (high_m * scale_t_m)[:, None], (low_m * scale_t_m)[:, None]
+    high_n, low_n = _inverse_lengths(rows, batch, n, 1, exact)
+    high_n, low_n = (high_n * scale_t_n)[None, :], (low_n * scale_t_n)[None, :]
+    tt = _cosine(tt, high_m, low_m, high_n, low_n, exact)
+    if THREE:
+        high, low = _inverse_lengths(rows, batch, m, 0, exact)
+        high, low = (high * scale_s_m)[:, None], (low * scale_s_m)[:, None]
+        # Teachers first, as below: to the bit what the pass over rows n made of the pair.
+        st = _cosine(st, high_n, low_n, high, low, exact)
+    high, low = _inverse_lengths(rows, batch, n, 0, exact)
+    high, low = (high * scale_s_n)[None, :], (low * scale_s_n)[None, :]
+    ts = _cosine(ts, high_m, low_m, high, low, exact)
     return tt, ts, st
 
 
@@ -524,27 +617,27 @@ def _statistics(
 ):  # fmt: skip
     m = tl.program_id(0) * M + tl.arange(0, M)
     stride = batch.to(tl.int64)
-    kept_m = tl.load(rows + 2 * stride + m, mask=m < batch, other=0.0) != 0.0
-    sum_t, sum_p = tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32)
+    kept_m = _scales(rows, batch, m, 1) != 0.0
     first, second = tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32)
-    top_t, top_p = sum_t + _lowest(inverse_temperature), sum_p + _lowest(inverse_temperature)
+    rest_t, rest_p = first - 1.0, first - 1.0
+    top_t, top_p = first + _lowest(inverse_temperature), first + _lowest(inverse_temperature)
     for start in range(0, batch, N):
         n = start + tl.arange(0, N)
         a, x, _none = _cosines(
             student, teacher, rows, batch, width, m, n, student_row_stride, teacher_row_stride,
             student_column_stride, teacher_column_stride, SCALED, 0, M, N, WIDTH,
         )  # fmt: skip
-        kept_n = tl.load(rows + 2 * stride + n, mask=n < batch, other=0.0) != 0.0
-        top_t, sum_t, top_p, sum_p, first, second = _observe(
-            a * inverse_temperature, x * inverse_temperature, top_t, sum_t, top_p, sum_p,
+        kept_n = _scales(rows, batch, n, 1) != 0.0
+        top_t, rest_t, top_p, rest_p, first, second = _observe(
+            a * inverse_temperature, x * inverse_temperature, top_t, rest_t, top_p, rest_p,
             first, second, kept_m[:, None] & kept_n[None, :],
         )  # fmt: skip
-    sum_t, sum_p = tl.where(kept_m, sum_t, 1.0), tl.where(kept_m, sum_p, 1.0)
+    rest_t, rest_p = tl.where(kept_m, rest_t, 0.0), tl.where(kept_m, rest_p, 0.0)
     tl.store(rows + 4 * stride + m, top_t, mask=m < batch)
-    tl.store(rows + 5 * stride + m, tl.log(sum_t), mask=m < batch)
+    tl.store(rows + 5 * stride + m, _log_of_sum(rest_t), mask=m < batch)
     tl.store(rows + 6 * stride + m, top_p, mask=m < batch)
-    tl.store(rows + 7 * stride + m, tl.log(sum_p), mask=m < batch)
-    tl.store(rows + 8 * stride + m, _divergence(sum_t, first, second), mask=m < batch)
+    tl.store(rows + 7 * stride + m, _log_of_sum(rest_p), mask=m < batch)
+    tl.store(rows + 8 * stride + m, _divergence(rest_t, first, second), mask=m < batch)
 
 
 @triton.jit(do_not_specialize=["width", "student_row_stride", "teacher_row_stride"])
@@ -605,7 +698,8 @@ def _streaming_gradient(
     n = tl.program_id(0) * N + tl.arange(0, N)
     first = tl.program_id(1) * (SLAB * SLABS)
     stride = batch.to(tl.int64)
-    kept_n = tl.load(rows + 2 * stride + n, mask=n < batch, other=0.0) != 0.0
+    kept_n = _scales(rows, batch, n, 1) != 0.0
+    exact: tl.constexpr = student.dtype.element_ty == tl.float32
     projection = tl.zeros((N,), tl.float32)
     total_0, total_1 = tl.zeros((SLAB, N), tl.float32), tl.zeros((SLAB, N), tl.float32)
     total_2 = tl.zeros((SLAB, N), tl.float32)
@@ -615,7 +709,7 @@ def _streaming_gradient(
             student, teacher, rows, batch, width, m, n, student_row_stride, teacher_row_stride,
             student_column_stride, teacher_column_stride, COSINES_SCALED, OF_TEACHER, M, N, WIDTH,
         )  # fmt: skip
-        scale_s_m, inverse_s_m, scale_t_m, inverse_t_m = _units(rows, batch, m)
+        scale_s_m, scale_t_m = _scales(rows, batch, m, 0), _scales(rows, batch, m, 1)
         kept_m = scale_t_m != 0.0
         kept = kept_m[:, None] & kept_n[None, :]
         top_t, log_t, top_p, log_p, divergence = _softmaxes(rows, batch, m)
@@ -634,12 +728,11 @@ def _streaming_gradient(
             projection += tl.sum(by_t * tt + by_s * st, axis=0)
         else:
             projection += tl.sum(slope * ts, axis=0)
-        if SLABS_SCALED:
-            by_t *= (inverse_t_m * headroom)[:, None]
-            by_s *= (inverse_s_m * headroom)[:, None]
-        else:
-            by_t *= (inverse_t_m * scale_t_m * headroom)[:, None]
-            by_s *= (inverse_s_m * scale_s_m * headroom)[:, None]
+        high, low = _inverse_lengths(rows, batch, m, 1, exact)
+        by_t *= ((high + low) * (1.0 if SLABS_SCALED else scale_t_m) * headroom)[:, None]
+        if OF_TEACHER:
+            high, low = _inverse_lengths(rows, batch, m, 0, exact)
+            by_s *= ((high + low) * (1.0 if SLABS_SCALED else scale_s_m) * headroom)[:, None]
         columns = first + tl.arange(0, SLAB)
         total_0 = _add_slab(
             student, teacher, by_s, by_t, scale_s_m, scale_t_m, m, kept_m, columns, width, total_0,
@@ -658,17 +751,17 @@ def _streaming_gradient(
                 width, total_2, student_row_stride, teacher_row_stride, student_column_stride,
                 teacher_column_stride, SLABS_SCALED, OF_TEACHER,
             )  # fmt: skip
-    scale_s_n, inverse_s_n, scale_t_n, inverse_t_n = _units(rows, batch, n)
     factor = tl.load(rows + 9 * stride + n, mask=n < batch, other=0.0)
     factor *= tl.load(grad_output).to(tl.float32) * (inverse_temperature / headroom)
     projection *= headroom
     columns = first + tl.arange(0, SLAB)
+    scale = _scales(rows, batch, n, OF_TEACHER)
+    high, low = _inverse_lengths(rows, batch, n, OF_TEACHER, exact)
+    inverse = high + low
     if OF_TEACHER:
-        own, scale, inverse = teacher, scale_t_n, inverse_t_n
-        row_stride, column_stride = teacher_row_stride, teacher_column_stride
+        own, row_stride, column_stride = teacher, teacher_row_stride, teacher_column_stride
     else:
-        own, scale, inverse = student, scale_s_n, inverse_s_n
-        row_stride, column_stride = student_row_stride, student_column_stride
+        own, row_stride, column_stride = student, student_row_stride, student_column_stride
     _store_slab(
         own, gradient, row_stride, column_stride, n, kept_n, columns, batch, width,
         scale, inverse, projection, factor, total_0,
@@ -698,8 +791,10 @@ def _held_gradient(
     """
     n = tl.program_id(0) * N + tl.arange(0, N)
     stride = batch.to(tl.int64)
-    scale_s_n, inverse_s_n, scale_t_n, inverse_t_n = _units(rows, batch, n)
+    scale_s_n, scale_t_n = _scales(rows, batch, n, 0), _scales(rows, batch, n, 1)
     kept_n = scale_t_n != 0.0
+    inverse_s_n, _rest_s = _inverse_lengths(rows, batch, n, 0, 0)
+    inverse_t_n, _rest_t = _inverse_lengths(rows, batch, n, 1, 0)
     by_s_n, by_t_n = inverse_s_n * scale_s_n, inverse_t_n * scale_t_n
     one = tl.arange(0, SLAB)
     two, three = one + SLAB, one + 2 * SLAB
@@ -716,9 +811,8 @@ def _held_gradient(
     total_3 = tl.zeros((SLAB, N), tl.float32)
     for start in range(0, batch, M):
         m = start + tl.arange(0, M)
-        _scale_s, _inverse_s, scale_m, inverse_m = _units(rows, batch, m)
+        scale_m = _scales(rows, batch, m, 1)
         kept_m = scale_m != 0.0
-        inverse_m *= scale_m
         t_1 = _tile(teacher, t_row, t_column, m, one, kept_m, width, 0.0, 0)
         t_2 = _tile(teacher, t_row, t_column, m, two, kept_m, width, 0.0, 0)
         t_3 = _tile(teacher, t_row, t_column, m, three, kept_m, width, 0.0, 0)
@@ -728,6 +822,8 @@ def _held_gradient(
         x = _dot(t_1, tl.trans(s_n_1), tl.zeros((M, N), tl.float32))
         x = _dot(t_2, tl.trans(s_n_2), x)
         x = _dot(t_3, tl.trans(s_n_3), x)
+        inverse_m, _rest_m = _inverse_lengths(rows, batch, m, 1, 0)
+        inverse_m *= scale_m
         a *= inverse_m[:, None] * by_t_n[None, :]
         x *= inverse_m[:, None] * by_s_n[None, :]
         top_t, log_t, top_p, log_p, _divergence = _softmaxes(rows, batch, m)
@@ -741,7 +837,8 @@ def _held_gradient(
         total_1 = _dot(tl.trans(t_1), low, _dot(tl.trans(t_1), high, total_1))
         total_2 = _dot(tl.trans(t_2), low, _dot(tl.trans(t_2), high, total_2))
         total_3 = _dot(tl.trans(t_3), low, _dot(tl.trans(t_3), high, total_3))
-    scale_s_n, inverse_s_n, _scale_t, _inverse_t = _units(rows, batch, n)
+    scale_s_n = _scales(rows, batch, n, 0)
+    inverse_s_n, _rest_s = _inverse_lengths(rows, batch, n, 0, 0)
     factor = tl.load(rows + 9 * stride + n, mask=n < batch, other=0.0)
     factor *= tl.load(grad_output).to(tl.float32) * (inverse_temperature / headroom)
     # Of a whole row the projection is at hand, and need not be gathered from the cosines.
@@ -844,24 +941,25 @@ def _rows_kernel(
     kept_row = tl.load(rows + item) != 0.0
     targets += here.to(tl.int64) * batch
     predictions += here.to(tl.int64) * batch
-    sum_t, sum_p = tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
     first_sum, second_sum = tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
-    top_t, top_p = sum_t + _lowest(inverse_temperature), sum_p + _lowest(inverse_temperature)
+    rest_t, rest_p = first_sum - 1.0, first_sum - 1.0
+    top_t = first_sum + _lowest(inverse_temperature)
+    top_p = first_sum + _lowest(inverse_temperature)
     for start in range(0, batch, WIDTH):
         columns = start + tl.arange(0, WIDTH)
         inside = columns < batch
         kept = kept_row[:, None] & (tl.load(rows + columns, mask=inside, other=0.0) != 0.0)[None, :]
         a = tl.load(targets + columns, mask=inside, other=0.0)[None, :]
         x = tl.load(predictions + columns, mask=inside, other=0.0)[None, :]
-        top_t, sum_t, top_p, sum_p, first_sum, second_sum = _observe(
-            a * inverse_temperature, x * inverse_temperature, top_t, sum_t, top_p, sum_p,
+        top_t, rest_t, top_p, rest_p, first_sum, second_sum = _observe(
+            a * inverse_temperature, x * inverse_temperature, top_t, rest_t, top_p, rest_p,
             first_sum, second_sum, kept,
         )  # fmt: skip
-    sum_t, sum_p = tl.where(kept_row, sum_t, 1.0), tl.where(kept_row, sum_p, 1.0)
-    divergence = _divergence(sum_t, first_sum, second_sum)
+    rest_t, rest_p = tl.where(kept_row, rest_t, 0.0), tl.where(kept_row, rest_p, 0.0)
+    divergence = _divergence(rest_t, first_sum, second_sum)
     tl.store(rows + 8 * stride + item, divergence)
     if slopes_wanted != 0:
-        log_t, log_p = tl.log(sum_t), tl.log(sum_p)
+        log_t, log_p = _log_of_sum(rest_t), _log_of_sum(rest_p)
         for start in range(0, batch, WIDTH):
             columns = start + tl.arange(0, WIDTH)
             inside = columns < batch
@@ -889,6 +987,7 @@ def _project_kernel(
     stride = batch.to(tl.int64)
     scale = tl.load(rows + 2 * side * stride + items, mask=inside, other=0.0)
     inverse = tl.load(rows + (2 * side + 1) * stride + items, mask=inside, other=0.0)
+    inverse += tl.load(rows + (10 + side) * stride + items, mask=inside, other=0.0)
     kept = scale != 0.0
     share = tl.load(rows + 9 * stride + items, mask=inside, other=0.0)
     factor = inverse * share * inverse_temperature
@@ -967,7 +1066,7 @@ _STUDENT_HALF_TILES = {
     False: (_GradientTile(16, 16, 32, 256, 2, 8, 2),),
 }
 _STUDENT_IEEE_TILES = {
-    True: (_GradientTile(32, 32, 16, 256, 1, 8, 2), _GradientTile(16, 16, 16, 256, 3, 8, 2)),
+    True: (_GradientTile(16, 32, 16, 256, 1, 8, 2), _GradientTile(16, 16, 16, 256, 3, 8, 2)),
     False: (_GradientTile(16, 16, 16, 256, 2, 8, 2),),
 }
 _TEACHER_HALF_TILES = {
