@@ -1,16 +1,20 @@
 """Linear DIST as an operator: what PyTorch may do with it, and how much memory it takes."""
 
 import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from telme_kd.functional import dist_loss, linear_dist_loss
 from telme_kd.kernels import linear_dist as operator
+from tests.helpers.conditions import conditions
 
 pytest.importorskip("triton")
 
@@ -29,9 +33,10 @@ def heads(
     widths: tuple[int, int] = (5, 4),
     dtype: torch.dtype = torch.float32,
     needed: tuple[bool, ...] = (True, True, True, False, False, False),
+    seed: int = 0,
 ) -> list[Tensor]:
     """Hidden states, weight and bias of the student, then of the teacher."""
-    generator = torch.manual_seed(0)
+    generator = torch.manual_seed(seed)
     shapes = [shape for width in widths for shape in ((items, width), (classes, width), (classes,))]
     tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     return [tensor.requires_grad_(need) for tensor, need in zip(tensors, needed, strict=True)]
@@ -119,6 +124,40 @@ def test_chunks_give_the_loss_of_the_materialised_logits(
     for ours, theirs in zip(gradients, torch.autograd.grad(expected, exact), strict=True):
         largest = theirs.abs().max().item()
         torch.testing.assert_close(ours.double(), theirs, rtol=0.0, atol=2e-5 * largest)
+
+
+def _outcomes(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The loss, and the gradients of the student's hidden states and weight."""
+    student = [tensor.detach().requires_grad_() for tensor in tensors[:2]]
+    loss = function([*student, *tensors[2:]])
+    return loss.detach(), *torch.autograd.grad(loss, student)
+
+
+def _materialised(tensors: list[Tensor], **options: Any) -> Tensor:
+    h_s, w_s, b_s, h_t, w_t, b_t = tensors
+    student, teacher = linear(h_s, w_s, b_s), linear(h_t, w_t, b_t)
+    return dist_loss(student, teacher, **options, backend="reference")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_float32_error_is_at_most_half_more_than_that_of_materialised_logits(
+    temperature: float,
+) -> None:
+    """Of 200 draws, in units of what a draw makes of roundings."""
+    materialised = partial(_materialised, temperature=temperature)
+    in_chunks = partial(loss_of, temperature=temperature, backend="cpu", chunk_bytes=2**11)
+    errors: dict[str, list[Tensor]] = {"ours": [], "eager": []}
+    for seed in range(200):
+        tensors = [tensor.detach() for tensor in heads(24, 40, widths=(12, 10), seed=seed)]
+        wide = [tensor.double() for tensor in tensors]
+        truth = _outcomes(materialised, wide)
+        units = conditions(lambda *given: _outcomes(materialised, given), wide)
+        for name, function in (("ours", in_chunks), ("eager", materialised)):
+            found = zip(_outcomes(function, tensors), truth, strict=True)
+            errors[name].append(torch.stack([(x - y).norm() for x, y in found]) / units)
+    ours, eager = (torch.stack(errors[name]) for name in ("ours", "eager"))
+    assert (ours.amax(0) <= 1.5 * eager.amax(0)).all()
+    assert (ours.square().mean(0) <= 1.5**2 * eager.square().mean(0)).all()
 
 
 @pytest.mark.parametrize(
