@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from examples.erc import dialogue_file
 from examples.erc.errors import InputError
 from examples.meld.corpus import repair
-from tests.examples.test_hostile_annotations import Mutation, mutate, mutations
+from tests.helpers.damage import Mutation, mutate, mutations
 
 TABLE = (
     "Speaker,Utterance,Dialogue_ID,Utterance_ID,Clip,Clip_Start,Clip_End,Audio,Side\n"
@@ -46,7 +46,7 @@ DOCUMENT = json.dumps(
 
 
 @pytest.mark.parametrize(("name", "whole"), [("said.csv", TABLE), ("said.json", DOCUMENT)])
-@given(changes=st.lists(mutations, min_size=1, max_size=4))
+@given(changes=st.lists(mutations(), min_size=1, max_size=4))
 def test_a_spoiled_file_is_one_line(name: str, whole: bytes, changes: list[Mutation]) -> None:
     data = whole
     for change in changes:

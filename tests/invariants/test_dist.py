@@ -360,7 +360,9 @@ def masked_items_are_absent_whatever_they_hold(trial: Trial) -> None:
     assert abs(masked.loss.item() - exact.loss.item()) <= allowed
     allowed = gradient_bound(kept, trial.eps, trial.place) + trial.lost(exact.student)
     allowed += gradient_bound(kept, trial.eps, double)
-    assert (masked.student[mask] - exact.student).norm().item() <= allowed
+    largest = exact.student.abs().max().item() * trial.upstream
+    if largest <= torch.finfo(trial.place.dtype).max:  # or it is stored as infinity
+        assert (masked.student[mask] - exact.student).norm().item() <= allowed
 
 
 def all_masked_gives_zero_and_no_gradient(trial: Trial) -> None:

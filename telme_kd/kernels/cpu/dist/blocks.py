@@ -40,6 +40,9 @@ FAINT = 1e-28
 """Squares of a column that add up to less than this are measured in units: their inverse, which
 the gradient multiplies with, and their rounding are then out of float32's range."""
 
+_LEAST_FLOOR = 1e-2 * FAINT * RELATIVE_FLOOR**2
+"""Below the square of any floor; for a class at -inf in every row, whose covariance is 0."""
+
 _LOG2_E = math.log2(math.e)
 _ROWS = 7
 _COLUMNS = 9
@@ -362,8 +365,8 @@ def conclude(rows: Tensor, columns: Tensor, mask: Tensor | None, options: Option
         relations.covariance[first:] = moments[2]
         if eps is None:
             shares = numbers.shares.repeat(2, 1)
-            # Any share will do for a class at -inf in every row: its covariance is 0.
-            shares[:, first:] = mean.square().mul_(count).mul_(RELATIVE_FLOOR**2).clamp_(min=1e-30)
+            floors = mean.square().mul_(count).mul_(RELATIVE_FLOOR**2)
+            shares[:, first:] = floors.clamp_(min=_LEAST_FLOOR)
             numbers = numbers._replace(shares=shares)
     loss = relations.loss(numbers)
     relations.differentiate(numbers)
