@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels run without a GPU
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, settings
 
 from telme_kd import _checks
 from tests.helpers import interpreter, processes
+from tests.helpers.call_stack import with_room
 
 interpreter.patch_the_language_once()
 torch.set_num_threads(1)  # sums in one order on every machine, and no fight over cores
@@ -25,6 +27,15 @@ settings.register_profile(
 settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "default")
 )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool:
+    """Call a test as pytest does, with room on the stack."""
+    names = pyfuncitem._fixtureinfo.argnames
+    arguments = {name: pyfuncitem.funcargs[name] for name in names}
+    with_room(partial(pyfuncitem.obj, **arguments))
+    return True
 
 
 @pytest.fixture(autouse=True)

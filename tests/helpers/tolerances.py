@@ -142,12 +142,16 @@ def similarity_bound(case: Features, dtype: torch.dtype) -> float:
     return units("batch_similarity_loss", dtype) * (1 + 1 / case.temperature + math.log(items))
 
 
-def similarity_gradient_bound(case: Features, dtype: torch.dtype) -> Array:
-    """How far the gradient of each row may lie from the truth: its own bound is 1 / (t |s_j|)."""
+def similarity_gradient_size(case: Features) -> Array:
+    """What the gradient of each row is at most: 1 / (t |s_j|)."""
     norms = np.linalg.norm(case.student, axis=1)
-    largest = np.divide(1.0, case.temperature * norms, out=np.zeros_like(norms), where=norms != 0)
+    return np.divide(1.0, case.temperature * norms, out=np.zeros_like(norms), where=norms != 0)
+
+
+def similarity_gradient_bound(case: Features, dtype: torch.dtype) -> Array:
+    """How far the gradient of each row may lie from the truth."""
     relative = units("batch_similarity_loss gradient", dtype) * (1 + 1 / case.temperature)
-    return relative * largest
+    return relative * similarity_gradient_size(case)
 
 
 def _exponent_growth(case: Logits) -> float:
